@@ -1,0 +1,24 @@
+"""The one table of tolerances. A test names a row; no test writes a number of its own.
+
+Each row is a largest absolute difference relative to the scale of the reference (its largest absolute value), and a reason.
+"""
+
+from __future__ import annotations
+
+import torch
+
+RELATIVE = {
+    "exact": 0.0,  # the same operations in the same order
+    "fp32_reorder": 2e-5,  # the same mathematics, sums in another order
+    "fp32_reference": 1e-4,  # against another implementation in fp32
+    "bf16_reorder": 3e-2,  # the same mathematics in bf16
+}
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, row: str) -> None:
+    """Fail unless max|got - want| <= RELATIVE[row] * max|want|."""
+    assert got.shape == want.shape, f"shape {tuple(got.shape)} != {tuple(want.shape)}"
+    got, want = got.detach().double(), want.detach().double()
+    scale = want.abs().max().clamp_min(1e-30)
+    worst = ((got - want).abs().max() / scale).item()
+    assert worst <= RELATIVE[row], f"{worst:.3g} of scale {scale.item():.3g}, allowed {RELATIVE[row]:.3g} ({row})"
