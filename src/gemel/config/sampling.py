@@ -28,7 +28,7 @@ class SamplingParams(Config):
     top_k               keep the k likeliest tokens; 0 keeps all
     top_p               keep the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al. 2019, arXiv 1904.09751)
     min_p               keep tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082)
-    repetition_penalty  divides positive, multiplies negative logits of tokens seen in prompt or output (Keskar et al. 2019, arXiv 1909.05858)
+    repetition_penalty  divides positive, multiplies negative logits of tokens in prompt or output (Keskar et al. 2019, arXiv 1909.05858)
     presence_penalty    subtracted from the logit of every token in the output so far
     frequency_penalty   subtracted once per occurrence in the output so far
     logit_bias          added to single tokens' logits, by token id

@@ -79,7 +79,8 @@ def _num_blocks(
     if num_blocks < smallest:
         raise ConfigError(
             f"the KV cache has room for {num_blocks} blocks of {config.block_tokens} tokens, one sequence of "
-            f"max_context = {max_context} tokens needs {smallest}: set kv_bytes to at least {smallest * per_block} or max_context to at most {num_blocks * config.block_tokens}"
+            f"max_context = {max_context} tokens needs {smallest}: set kv_bytes to at least {smallest * per_block} "
+            f"or max_context to at most {num_blocks * config.block_tokens}"
         )
     size = num_blocks * per_block / GIB
     tokens = num_blocks * config.block_tokens
