@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemel.config.engine import EngineConfig
 from gemel.config.errors import CapacityError, ConfigError, RequestError
 from gemel.config.sampling import SamplingParams
 from gemel.engine.engine import Engine

@@ -3,7 +3,7 @@
 One step is one flat run of tokens, of which every sequence owns a stretch. Two shapes of work occur in it:
 
     a stretch of one token (decoding): sequences of similar length are gathered into one padded batch, with the query heads of a
-    group folded into the query-length axis, so that one attention call serves many sequences and reads each key once per group;
+    group folded into the query-length axis, so that few calls serve many sequences and each key is read once per group;
     a longer stretch (prefill, a chunk of it, speculation): attended by itself, with its own cached context before it.
 
 What depends on the step but not on the layer is prepared once, in `PagedAttend.__init__`; layers differ at most in their window.
@@ -19,15 +19,15 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemel import ops
 from gemel.config.model import Alibi, ModelConfig
 from gemel.engine.request import Scheduled
 
-SMALL_BATCH = 4  # a decode batch is not split below this many sequences, whatever is wasted on padding
-PADDING = 1.25  # the longest sequence of a decode batch reads at most so many times the blocks of the shortest
+PADDING = 1.25  # the longest sequence of a decode batch has at most so many times the blocks of the shortest
+SMALL_BATCH = 4  # but a batch of fewer sequences takes any: one call costs more than the padding
+GATHER_BYTES = 8 * 2**20  # keys and values gathered for one decode batch; more would leave the CPU's cache before it is read
 
 
 class KVCache:
@@ -38,11 +38,24 @@ class KVCache:
         self.data = torch.zeros(
             (config.num_layers, 2, config.num_kv_heads, num_blocks, block_tokens, config.head_width), dtype=dtype, device=device
         )
+        self._scratch = [self.data.new_empty(0), self.data.new_empty(0)]
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, block_tokens: int, dtype: torch.dtype) -> int:
         """Memory of one block over all layers, in bytes."""
         return config.kv_elements_per_token * block_tokens * dtype.itemsize
+
+    def gather(self, layer: int, side: int, blocks_F: Tensor) -> Tensor:
+        """The blocks of one side (0 keys, 1 values) of a layer, [K, tokens, H]. Valid until the next call for the same side.
+
+        The memory is reused: fresh memory of this size costs as much in page faults as the gathering itself.
+        """
+        source = self.data[layer, side]
+        shape = (source.shape[0], len(blocks_F), *source.shape[2:])
+        num = shape[0] * shape[1] * shape[2] * shape[3]
+        if self._scratch[side].numel() < num:
+            self._scratch[side] = source.new_empty(num)
+        return torch.index_select(source, 1, blocks_F, out=self._scratch[side][:num].view(shape)).flatten(1, 2)
 
     def copy(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to), before a shared block is written."""
@@ -67,7 +80,9 @@ class _DecodeBatch:
 
     rows_B: Tensor
     blocks_F: Tensor  # B * blocks per sequence, flat
-    bias_KBGL: Tensor | None  # added to scores: -inf where a key is not visible; None when all are
+    bias_KBGL: (
+        Tensor | None
+    )  # broadcast over K and G unless positions are ALiBi; added to scores: -inf where a key is not visible; None when all are
 
 
 class PagedAttend:
@@ -76,6 +91,7 @@ class PagedAttend:
     def __init__(self, config: ModelConfig, cache: KVCache, work: Seq[Scheduled]):
         self.config, self.cache = config, cache
         self.group = config.num_heads // config.num_kv_heads
+        self.gathered_blocks = GATHER_BYTES // (KVCache.bytes_per_block(config, cache.block_tokens, cache.data.dtype) // config.num_layers)
         self.slopes_N = ops.alibi_slopes(config.num_heads).to(cache.data.device) if isinstance(config.positions, Alibi) else None
         self.stretches = _stretches(work)
         self.slots_T = self._slots()
@@ -92,22 +108,26 @@ class PagedAttend:
         out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
         window = self.config.window(layer)
         for batch in self.batches[window]:
-            self._decode(batch, keys, values, q_TNH, out_TNH)
+            self._decode(layer, batch, q_TNH, out_TNH)
         for stretch, blocks in zip(self.longer, self.context_blocks, strict=True):
             rows = slice(stretch.first, stretch.first + stretch.num_new)
             if stretch.start == 0:
                 k_CKH, v_CKH = k_TKH[rows], v_TKH[rows]
             else:
                 context = stretch.start + stretch.num_new
-                k_CKH, v_CKH = (_gather(side, blocks)[:, :context].transpose(0, 1) for side in (keys, values))
+                k_CKH, v_CKH = (self.cache.gather(layer, side, blocks)[:, :context].transpose(0, 1) for side in (0, 1))
             out_TNH[rows] = ops.attention(q_TNH[rows], k_CKH, v_CKH, window=window, slopes_N=self.slopes_N)
         return out_TNH
 
-    def _decode(self, batch: _DecodeBatch, keys: Tensor, values: Tensor, q_TNH: Tensor, out_TNH: Tensor) -> None:
+    def _decode(self, layer: int, batch: _DecodeBatch, q_TNH: Tensor, out_TNH: Tensor) -> None:
         num, folded = len(batch.rows_B), (self.config.num_kv_heads, self.group, self.config.head_width)
-        k_KBLH, v_KBLH = (_gather(side, batch.blocks_F).unflatten(1, (num, -1)) for side in (keys, values))
         q_KBGH = q_TNH.index_select(0, batch.rows_B).view(num, *folded).transpose(0, 1)
-        mixed_KBGH = F.scaled_dot_product_attention(q_KBGH, k_KBLH, v_KBLH, attn_mask=batch.bias_KBGL)
+        k_KBLH = self.cache.gather(layer, 0, batch.blocks_F).unflatten(1, (num, -1))
+        score_KBGL = torch.matmul(q_KBGH * self.config.head_width**-0.5, k_KBLH.transpose(-1, -2))
+        if batch.bias_KBGL is not None:
+            score_KBGL += batch.bias_KBGL
+        v_KBLH = self.cache.gather(layer, 1, batch.blocks_F).unflatten(1, (num, -1))
+        mixed_KBGH = torch.matmul(torch.softmax(score_KBGL, -1, dtype=torch.float32).to(v_KBLH.dtype), v_KBLH)
         out_TNH.index_copy_(0, batch.rows_B, mixed_KBGH.transpose(0, 1).reshape(num, self.config.num_heads, self.config.head_width))
 
     def _slots(self) -> Tensor:
@@ -120,7 +140,9 @@ class PagedAttend:
         tables = sorted(((s, s.blocks[first_block[s.first] :]) for s in self.decoding), key=lambda pair: -len(pair[1]))
         batches: list[list[tuple[_Stretch, list[int]]]] = []
         for pair in tables:
-            if batches and (len(batches[-1]) < SMALL_BATCH or len(batches[-1][0][1]) <= PADDING * len(pair[1])):
+            longest = len(batches[-1][0][1]) if batches else 0
+            fits = batches and (len(batches[-1]) + 1) * longest <= self.gathered_blocks
+            if fits and (len(batches[-1]) < SMALL_BATCH or longest <= PADDING * len(pair[1])):
                 batches[-1].append(pair)
             else:
                 batches.append([pair])
@@ -128,9 +150,7 @@ class PagedAttend:
 
     def _decode_batch(self, batch: list[tuple[_Stretch, list[int]]], first_block: dict[int, int], window: int | None) -> _DecodeBatch:
         width = max(len(blocks) for _, blocks in batch)
-        flat = [
-            block for _, blocks in batch for block in blocks + blocks[-1:] * (width - len(blocks))
-        ]  # padded with its own: nothing leaks
+        flat = [block for _, blocks in batch for block in blocks + blocks[-1:] * (width - len(blocks))]
         size = self.cache.block_tokens
         position_BL = self._tensor([first_block[s.first] * size for s, _ in batch])[:, None] + self._tensor(range(width * size))
         start_B1 = self._tensor([s.start for s, _ in batch])[:, None]
@@ -144,7 +164,7 @@ class PagedAttend:
         bias_1B1L = torch.zeros_like(visible_BL, dtype=dtype).masked_fill_(~visible_BL, -math.inf)[None, :, None]
         if self.slopes_N is not None:
             bias_1B1L = bias_1B1L - self.slopes_N.view(-1, 1, self.group, 1).to(dtype) * distance_BL[None, :, None].to(dtype)
-        return bias_1B1L.expand(self.config.num_kv_heads, -1, self.group, -1)
+        return bias_1B1L
 
     @staticmethod
     def _first_visible(stretch: _Stretch, window: int | None) -> int:
@@ -160,8 +180,3 @@ def _stretches(work: Seq[Scheduled]) -> list[_Stretch]:
         out.append(_Stretch(first, item.start, item.num_new, item.sequence.blocks))
         first += item.num_new
     return out
-
-
-def _gather(side_KPCH: Tensor, blocks: Tensor) -> Tensor:
-    """Whole blocks of one side of one layer, [K, tokens, H]."""
-    return side_KPCH.index_select(1, blocks).flatten(1, 2)
