@@ -64,10 +64,10 @@ def test_stop_from_above_ends_one_output_only() -> None:
 @pytest.mark.parametrize(
     ("prompt", "params", "param", "words"),
     [
-        ((), {}, "prompt", "no tokens"),
+        ((), {}, "prompt", "0 tokens"),
         ((97,), {}, "prompt", "0 to 96"),
         ((-1,), {}, "prompt", "0 to 96"),
-        ((1,) * 128, {}, "prompt", "at most 127"),
+        ((1,) * 128, {}, "prompt", "to 127 tokens"),
         ((1,) * 100, {"max_tokens": 29}, "max_tokens", "at most 28"),
         ((1,), {"logit_bias": {97: 1.0}}, "logit_bias", "0 to 96"),
         ((1,), {"stop_token_ids": (500,)}, "stop_token_ids", "0 to 96"),

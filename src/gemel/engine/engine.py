@@ -141,8 +141,8 @@ class Engine:
             steps=counters.steps,
             prompt_tokens=counters.prompt_tokens,
             output_tokens=counters.output_tokens,
-            prefix_hit_tokens=pool.hit_tokens,
-            prefix_misses=dict(pool.miss_tokens),
+            prefix_hit_tokens=pool.prefix_hit_tokens,
+            prefix_misses=dict(pool.prefix_misses),
             preemptions=self.scheduler.num_preemptions,
             finished={str(reason): count for reason, count in counters.finished.items()},
         )
@@ -155,34 +155,20 @@ class Engine:
     # --- adding -----------------------------------------------------------------------------------------------------------------------
 
     def _validate(self, request: Request) -> int:
-        """Check what depends on the model; returns the most output tokens."""
+        """Check what depends on the model; the scheduler checks what depends on room. Returns the most output tokens."""
         params, prompt = request.params, request.prompt
         if request.id in self._jobs:
             raise RequestError(f"request id {request.id!r} is in use; choose another", "request_id")
-        if not prompt:
-            raise RequestError("the prompt has no tokens; give at least one", "prompt")
         for name, ids in (("prompt", prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            if any(token >= self.vocab_size or token < 0 for token in ids):
-                wrong = next(token for token in ids if token >= self.vocab_size or token < 0)
-                raise RequestError(f"{name} has token id {wrong}; the vocabulary has ids 0 to {self.vocab_size - 1}", name)
+            for token in ids:
+                if not 0 <= token < self.vocab_size:
+                    raise RequestError(f"{name} has token id {token}; the vocabulary has ids 0 to {self.vocab_size - 1}", name)
         room = self.max_context - len(prompt)
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens; the context is {self.max_context} tokens, prompt and output together: "
-                f"shorten the prompt to at most {self.max_context - 1}",
-                "prompt",
-            )
-        if params.max_tokens is not None and params.max_tokens > room:
+        if params.max_tokens is not None and 1 <= room < params.max_tokens:
             raise RequestError(
                 f"{len(prompt)} prompt tokens and max_tokens = {params.max_tokens} make {len(prompt) + params.max_tokens}; the context is "
                 f"{self.max_context} tokens: lower max_tokens to at most {room}, or leave it out",
                 "max_tokens",
-            )
-        width = params.beam_width or params.n
-        if width > self.config.max_running:
-            name = "beam_width" if params.beam_width else "n"
-            raise RequestError(
-                f"{name} = {width} sequences, the engine runs at most max_running = {self.config.max_running}; lower {name}", name
             )
         return params.max_tokens or room
 
