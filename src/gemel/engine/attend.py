@@ -97,7 +97,9 @@ class PagedAttend:
         self.slots_T = self._slots()
         self.decoding = [s for s in self.stretches if s.num_new == 1]
         self.longer = [s for s in self.stretches if s.num_new > 1]
-        self.batches = {window: self._decode_batches(window) for window in {config.window(i) for i in range(config.num_layers)}}
+        windows = {config.window(layer) for layer in range(config.num_layers)}
+        self.batches = {window: self._decode_batches(window) for window in windows}
+        self.biases = {window: [self._causal_bias(s, window) for s in self.longer] for window in windows}
         self.context_blocks = [self._tensor(s.blocks) for s in self.longer]
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
@@ -109,14 +111,14 @@ class PagedAttend:
         window = self.config.window(layer)
         for batch in self.batches[window]:
             self._decode(layer, batch, q_TNH, out_TNH)
-        for stretch, blocks in zip(self.longer, self.context_blocks, strict=True):
+        for stretch, blocks, bias in zip(self.longer, self.context_blocks, self.biases[window], strict=True):
             rows = slice(stretch.first, stretch.first + stretch.num_new)
             if stretch.start == 0:
                 k_CKH, v_CKH = k_TKH[rows], v_TKH[rows]
             else:
                 context = stretch.start + stretch.num_new
                 k_CKH, v_CKH = (self.cache.gather(layer, side, blocks)[:, :context].transpose(0, 1) for side in (0, 1))
-            out_TNH[rows] = ops.attention(q_TNH[rows], k_CKH, v_CKH, window=window, slopes_N=self.slopes_N)
+            out_TNH[rows] = ops.attention(q_TNH[rows], k_CKH, v_CKH, window=window, bias=bias)
         return out_TNH
 
     def _decode(self, layer: int, batch: _DecodeBatch, q_TNH: Tensor, out_TNH: Tensor) -> None:
@@ -129,6 +131,9 @@ class PagedAttend:
         v_KBLH = self.cache.gather(layer, 1, batch.blocks_F).unflatten(1, (num, -1))
         mixed_KBGH = torch.matmul(torch.softmax(score_KBGL, -1, dtype=torch.float32).to(v_KBLH.dtype), v_KBLH)
         out_TNH.index_copy_(0, batch.rows_B, mixed_KBGH.transpose(0, 1).reshape(num, self.config.num_heads, self.config.head_width))
+
+    def _causal_bias(self, stretch: _Stretch, window: int | None) -> Tensor | None:
+        return ops.causal_bias(stretch.num_new, stretch.start + stretch.num_new, self.cache.data, window, self.slopes_N)
 
     def _slots(self) -> Tensor:
         """Where each token of the step is written: block * block_tokens + offset."""
