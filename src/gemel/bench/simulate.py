@@ -17,6 +17,8 @@ from gemel.engine.request import Request, StepPlan
 from gemel.engine.request import Sequence as Tokens
 from gemel.engine.schedule import Scheduler
 
+_WAIT_S = 1e-3
+
 
 def simulate(jobs: Sequence[Job], config: EngineConfig, num_blocks: int, max_context: int, step_s: Callable[[StepPlan], float]) -> Timeline:
     """Run `jobs`, all present at time 0, through a scheduler with `num_blocks` blocks; a step takes `step_s(plan)` seconds."""
@@ -29,6 +31,9 @@ def simulate(jobs: Sequence[Job], config: EngineConfig, num_blocks: int, max_con
     clock_s, num_steps = 0.0, 0
     while scheduler.has_work:
         plan = scheduler.schedule(clock_s)
+        if not plan.work:  # dynamic batching lets its oldest request wait
+            clock_s += _WAIT_S
+            continue
         clock_s += step_s(plan)
         num_steps += 1
         scheduler.commit(plan)
