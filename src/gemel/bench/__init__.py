@@ -1,1 +1,1 @@
-""""""
+"""Measured against planned, in the same units."""

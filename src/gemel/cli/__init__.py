@@ -1,1 +1,1 @@
-""""""
+"""The verbs of `gemel`, imported one at a time."""

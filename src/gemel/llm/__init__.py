@@ -1,1 +1,1 @@
-"""Text in, text out: the engine with a tokenizer on top, for batches (`offline`) and for services (`online`)."""
+"""Text in, text out, over the engine: encode, detokenize as tokens come, stop at strings."""
