@@ -1,13 +1,15 @@
-"""From the engine's tokens to text that callers see: detokenizing, stop strings, and the `Delta` that both front ends deliver.
+"""From the engine's tokens to text that callers see: detokenizing, stop strings, and the `Delta` that both front ends
+deliver.
 
-Stop strings are found character by character with one Knuth-Morris-Pratt automaton each, so the result depends on the text alone, not on how tokens
-or steps cut it: the stop string that is complete first in reading order ends the text before its own beginning. An automaton's state is also the
-number of characters at the end that may still become its stop string; so many are held back.
+Stop strings are found character by character with one Knuth-Morris-Pratt automaton each, so the result depends on the
+text alone, not on how tokens or steps cut it: the stop string that is complete first in reading order ends the text
+before its own beginning. An automaton's state is also the number of characters at the end that may still become its
+stop string; so many are held back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gemel.config.sampling import SamplingParams
@@ -54,10 +56,14 @@ class _StopAutomaton:
             length += stop[index] == stop[length]
             self._fallback[index + 1] = length
 
+    @property
+    def pending(self) -> int:
+        """Characters at the end of the text that may still become the stop string; a complete one counts with its own repetition only."""
+        return self._fallback[self.matched] if self.matched == len(self.stop) else self.matched
+
     def step(self, character: str) -> bool:
         """Read one character; True when the stop string is complete."""
-        if self.matched == len(self.stop):
-            self.matched = self._fallback[self.matched]
+        self.matched = self.pending
         while self.matched and self.stop[self.matched] != character:
             self.matched = self._fallback[self.matched]
         self.matched += self.stop[self.matched] == character
@@ -67,8 +73,8 @@ class _StopAutomaton:
 class TextStream:
     """Text of one output, cut at the first stop string.
 
-    A stop string that is complete before `min_tokens` tokens does not count. Of two that are complete at the same character the longer one wins.
-    After the end (`stop` is not None) no more tokens are taken.
+    A stop string that is complete before `min_tokens` tokens does not count. Of two that are complete at the same
+    character the longer one wins. After the end (`stop` is not None) no more tokens are taken.
     """
 
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = (), min_tokens: int = 0):
@@ -108,7 +114,6 @@ class TextStream:
                 self._held = ""
                 return text[: len(text) - len(self.stop)]
         text = self._held + new
-        # a match that min_tokens ruled out is certain text, but for what may begin another
         sure = len(text) - max((automaton.pending for automaton in self._automata), default=0)
         self._held = text[sure:]
         return text[:sure]
@@ -120,31 +125,37 @@ class RequestText:
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, num_prompt: int):
         self.num_prompt = num_prompt
         self._streams = [TextStream(tokenizer.detokenizer(), params.stop, params.min_tokens) for _ in range(params.n)]
-        self.open = set(range(params.n))
+        self._open = dict.fromkeys(range(params.n), False)  # index -> whether the engine has mentioned it
+
+    @property
+    def is_open(self) -> bool:
+        """True while an output has not ended."""
+        return bool(self._open)
 
     def take(self, output: Output) -> Delta | None:
         """The delta of `output`; None if that output has already ended.
 
         When the delta has a finish reason that `output` has not, a stop string ended it, and the engine has to be told (`Engine.stop`).
         """
-        if output.index not in self.open:
+        if output.index not in self._open:
             return None
+        self._open[output.index] = True
         stream = self._streams[output.index]
-        taken_before = stream.num_tokens
+        num_before = stream.num_tokens
         text = stream.push(output.tokens)
-        num_taken = stream.num_tokens - taken_before
-        reason = FinishReason.STOP if stream.stop is not None else output.finish_reason
-        if reason is not None:
+        if stream.stop is None and output.finish_reason is not None:
             text += stream.finish()
-            reason = FinishReason.STOP if stream.stop is not None else reason
-            self.open.discard(output.index)
+        num_taken = stream.num_tokens - num_before
+        reason = output.finish_reason if stream.stop is None else FinishReason.STOP
+        if reason is not None:
+            del self._open[output.index]
         return Delta(
             index=output.index,
             text=text,
             tokens=output.tokens[:num_taken],
             logprobs=output.logprobs[:num_taken],
             finish_reason=reason,
-            stop_reason=stream.stop if stream.stop is not None else output.stop_token,
+            stop_reason=output.stop_token if stream.stop is None else stream.stop,
             num_prompt=self.num_prompt,
             num_output=stream.num_tokens,
             cached_tokens=output.cached_tokens,
@@ -152,9 +163,12 @@ class RequestText:
             cumulative_logprob=output.cumulative_logprob,
         )
 
-    def end(self, reason: FinishReason, error: str | None = None) -> Iterator[Delta]:
-        """Last deltas of all outputs that are still open, with the text that was held back."""
-        for index in sorted(self.open):
+    def end(self, reason: FinishReason, error: str | None = None, unmentioned: bool = False) -> list[Delta]:
+        """Last deltas, with the text that was held back, of all outputs that are open, or of those that the engine never mentioned."""
+        ended = [index for index, mentioned in self._open.items() if not (unmentioned and mentioned)]
+        deltas = []
+        for index in ended:
+            del self._open[index]
             stream = self._streams[index]
-            yield Delta(index, stream.finish(), (), (), reason, None, self.num_prompt, stream.num_tokens, 0, error)
-        self.open.clear()
+            deltas.append(Delta(index, stream.finish(), (), (), reason, None, self.num_prompt, stream.num_tokens, 0, error))
+        return deltas

@@ -100,9 +100,9 @@ class Tokenizer:
         ids = self._encode(text, self.library)
         return [self.bos_id, *ids] if add_bos and self.add_bos and self.bos_id is not None else ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        stream = Detokenizer(self.bytes_of, self.special_ids if skip_special else (), self._strip)
+    def decode(self, ids: Sequence[int], skip_special: bool = True, continues: bool = False) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. `continues`: they follow a prompt, as in `detokenizer`."""
+        stream = Detokenizer(self.bytes_of, self.special_ids if skip_special else (), 0 if continues else self._strip)
         return stream.push(ids) + stream.finish()
 
     def detokenizer(self, skip_special: bool = True) -> Detokenizer:
