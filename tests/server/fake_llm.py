@@ -35,7 +35,7 @@ class FakeTokenizer:
         return [*ids, 1] if add_generation_prompt else ids
 
 
-class FakeLLM:
+class FakeLLM:  # the contract of gemel.llm.online.AsyncLLM
     def __init__(self, reply: str = "Hello from the fake model.", delay_s: float = 0.0, max_context: int = 8192):
         self.reply, self.delay_s = reply, delay_s
         self.tokenizer = FakeTokenizer()

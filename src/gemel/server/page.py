@@ -27,7 +27,7 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 _MEDIA_TYPES = {"css": "text/css", "js": "text/javascript", "html": "text/html", "svg": "image/svg+xml"}
-_ASSETS = ("style.css", "app.js", "chat.js", "markdown.js", "store.js", "icon.svg")
+_ASSETS = ("style.css", "theme.js", "app.js", "messages.js", "sidebar.js", "panel.js", "api.js", "markdown.js", "store.js", "icon.svg")
 
 _LOGIN_STYLE = (
     ":root{color-scheme:light dark}"

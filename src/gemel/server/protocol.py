@@ -44,6 +44,7 @@ REFUSED = {
 }
 
 Prompt: TypeAlias = "str | list[int]"
+TokenId: TypeAlias = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]  # JSON keys are strings
 
 
 class Body(BaseModel):
@@ -180,12 +181,12 @@ class Generation(Body):
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[TokenId, float] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
@@ -348,11 +349,11 @@ def _explain(errors: list[ErrorDetails], renamed: dict[str, str] | None = None) 
     loc = [renamed.get(str(part), str(part)) if renamed else part for part in first["loc"] if part != "[key]"]
     if first["type"] == "unknown_name":
         param = _path([*loc, first["ctx"]["name"]])
-        return ApiError(400, f"{_path(loc)}: {first['msg']}" if loc else _capital(first["msg"]), param=param, code="unknown_field")
+        return ApiError(400, f"{_path(loc)}: {first['msg']}" if loc else first["msg"], param=param, code="unknown_field")
     param = _path(loc)
     message = first["msg"].removeprefix("Value error, ")
     if not loc:
-        return ApiError(400, _capital(message))
+        return ApiError(400, message)
     if first["type"] == "missing":
         return ApiError(400, f"{param!r} is required.", param=param, code="missing_field")
     if first["type"] in ("not_text", "forced_tool", "prompt_kind"):
@@ -370,7 +371,3 @@ def _shown(value: object) -> str:
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:60] + "..."
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

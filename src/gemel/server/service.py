@@ -95,10 +95,10 @@ class Service:
         """Checked against the limits of model and server. `param` is where the caller put the prompt."""
         self._check_outputs(len(prompts), params)
         for ids in prompts:
-            self.check_length(len(ids), params.max_tokens, param)
+            self.check_length(len(ids), params.max_tokens or params.min_tokens, param)
         return Job(tuple(tuple(ids) for ids in prompts), params, body.priority, body.cache_salt)
 
-    def check_length(self, num_prompt: int, max_tokens: int | None, param: str) -> None:
+    def check_length(self, num_prompt: int, num_asked: int, param: str) -> None:
         """Raise 400 unless the prompt and what is asked for fit into the model's context."""
         limit = self.llm.engine.max_context
         if num_prompt == 0:
@@ -108,10 +108,10 @@ class Service:
                 f"This model's maximum context length is {limit} tokens. However, your prompt has {num_prompt} tokens. Please shorten it."
             )
             raise ApiError(400, message, param=param, code="context_length_exceeded")
-        if max_tokens is not None and num_prompt + max_tokens > limit:
+        if num_prompt + num_asked > limit:
             message = (
-                f"This model's maximum context length is {limit} tokens. However, you asked for {num_prompt + max_tokens} tokens "
-                f"({num_prompt} in the prompt, {max_tokens} for the completion). Please shorten either."
+                f"This model's maximum context length is {limit} tokens. However, you asked for {num_prompt + num_asked} tokens "
+                f"({num_prompt} in the prompt, {num_asked} for the completion). Please shorten either."
             )
             raise ApiError(400, message, param=param, code="context_length_exceeded")
 

@@ -27,7 +27,7 @@ from gemel.server.chat import ChatShape
 from gemel.server.completions import CompletionShape
 from gemel.server.errors import ApiError, as_api_error
 from gemel.server.generate import ledger, usage
-from gemel.server.protocol import ChatBody, CompletionBody, parse_body
+from gemel.server.protocol import ChatBody, CompletionBody
 from gemel.server.service import Job, Service, service_of
 
 
@@ -112,18 +112,18 @@ class Session:
         if self.line is None:
             raise ApiError(400, "There is nothing to continue: send a 'start' first.", param="type")
         limit = value.pop("max_tokens", None)
+        if limit is not None and type(limit) is not int:
+            raise ApiError(400, "'max_tokens' must be a whole number.", param="max_tokens", code="invalid_value")
         if value:
             raise ApiError(400, f"A 'continue' takes only 'max_tokens', not {sorted(value)[0][:80]!r}.", code="unknown_field")
         line, service = self.line, self.service
         said = await asyncio.to_thread(self._said, line)
         prompt = (*line.job.prompts[0], *said)
-        values = line.job.params.model_dump(exclude_unset=True)
+        params = line.job.params
         if limit is not None:
-            values = parse_body(CompletionBody, {"prompt": "-", "max_tokens": limit}).model_dump(include={"max_tokens"}) | {
-                k: v for k, v in values.items() if k != "max_tokens"
-            }
-        service.check_length(len(prompt), values.get("max_tokens"), "prompt")
-        return line, Job((prompt,), SamplingParams.parse(values), line.job.priority, line.job.salt)
+            params = SamplingParams.parse(params.model_dump(exclude_unset=True) | {"max_tokens": limit})
+        service.check_length(len(prompt), params.max_tokens or 0, "prompt")
+        return line, Job((prompt,), params, line.job.priority, line.job.salt)
 
     def _said(self, line: Line) -> list[int]:
         """Ids of the text that the client has seen: those that were generated, unless a stop string cut the text within them."""
