@@ -20,10 +20,13 @@ FIRST_BYTE = 3
 class FakeTokenizer:
     vocab_size = 256 + FIRST_BYTE
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
         return [byte + FIRST_BYTE for byte in text.encode()]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token - FIRST_BYTE]) if token >= FIRST_BYTE else b""
+
+    def decode(self, ids: Sequence[int], continues: bool = False) -> str:
         return bytes(token - FIRST_BYTE for token in ids if token >= FIRST_BYTE).decode("utf-8", "replace")
 
     def render_chat(self, messages, tools=None, add_generation_prompt=True, continue_final_message=False) -> list[int]:

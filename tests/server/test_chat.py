@@ -111,7 +111,7 @@ async def test_logprobs_in_the_chat_shape(llm: FakeLLM, stream: bool) -> None:
         content = [t for e in sse_events(response) for t in (e["choices"][0]["logprobs"] or {"content": []})["content"]]
     else:
         content = response.json()["choices"][0]["logprobs"]["content"]
-    assert [t["bytes"] for t in content] == [None, None, [33]]
+    assert [t["bytes"] for t in content] == [[0xC3], [0xA9], [33]]
     assert content[2] == {
         "token": "!",
         "logprob": -0.5,

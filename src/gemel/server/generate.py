@@ -142,7 +142,7 @@ async def _merged(service: Service, job: Job, request_id: str) -> AsyncGenerator
     def stream(number: int) -> AsyncGenerator[Delta, None]:
         name = request_id if len(job.prompts) == 1 else f"{request_id}-{number}"
         ids = job.prompts[number]
-        return service.llm.generate(ids, job.params, request_id=name, priority=job.priority, salt=job.salt)  # type: ignore[return-value]
+        return service.llm.generate(ids, job.params, request_id=name, priority=job.priority, salt=job.salt)
 
     if len(job.prompts) == 1:  # by far the most frequent: no queue between
         async with aclosing(stream(0)) as deltas:

@@ -116,9 +116,9 @@ class Service:
             raise ApiError(400, message, param=param, code="context_length_exceeded")
 
     def token_text(self, token: int) -> tuple[str, list[int] | None]:
-        """A token as text and as UTF-8 bytes; no bytes for one that is only a part of a character."""
-        text = self.llm.tokenizer.decode([token])
-        return text, None if "\ufffd" in text else list(text.encode())
+        """A token as text and as bytes. The bytes are exact; as text, a part of a character shows as U+FFFD."""
+        spelt = self.llm.tokenizer.token_bytes(token)
+        return spelt.decode("utf-8", "replace"), list(spelt) or None
 
     def _check_outputs(self, num_prompts: int, params: SamplingParams) -> None:
         each = max(params.n, params.beam_width or 1)

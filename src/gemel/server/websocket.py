@@ -128,7 +128,9 @@ class Session:
     def _said(self, line: Line) -> list[int]:
         """Ids of the text that the client has seen: those that were generated, unless a stop string cut the text within them."""
         tokenizer = self.service.llm.tokenizer
-        return line.tokens if tokenizer.decode(line.tokens) == line.text else tokenizer.encode(line.text)
+        if tokenizer.decode(line.tokens, continues=True) == line.text:
+            return line.tokens
+        return tokenizer.encode(line.text, add_bos=False)
 
     async def _generate(self, line: Line, job: Job) -> None:
         record = Record(self.service.metrics, user=line.user, metadata=line.metadata, status=200)
