@@ -115,6 +115,7 @@ class Engine:
         if job and (sequence := job.live.get(index)):
             self._retire(job, sequence, FinishReason.STOP)
 
+    @torch.inference_mode()
     def step(self) -> list[Output]:
         """Advance every scheduled sequence; returns what was added to each. An error in a step ends the requests in it and no others."""
         plan = self.scheduler.schedule(time.monotonic())

@@ -37,7 +37,6 @@ class Runner:
         self.cache = KVCache(loaded.config, self.num_blocks, config.block_tokens, self.dtype, self.device)
         self.config = loaded.config
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor:
         """Compute the plan's tokens. Returns fp32 logits [S, V], one row per scheduled sequence that samples, in the plan's order."""
         self.cache.copy(plan.copies)
