@@ -50,10 +50,12 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         args.workload = args.workload or _built_in(args.model, Path(folder))
-        lines = list(_measure(args))
+        lines: list[dict[str, object]] = []
+        for line in _measure(args):
+            lines.append(line)
+            if args.out and line["measure"] in ("others", "error"):  # hours of measuring should survive an interruption
+                args.out.write_text(json.dumps(_result(args, lines), indent=1) + "\n", encoding="utf-8")
     result = _result(args, lines)
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if not args.json:
         print(table.markdown(result))
     print(json.dumps(result))
@@ -73,7 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that one process may take (default 3600)")
     parser.add_argument("--json", action="store_true", help="print only the JSON object")
     parser.add_argument("--markdown", action="store_true", help="print a table before it (this is the default)")
-    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file, anew after every process")
     parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing: print the table of an earlier --out FILE")
     args = parser.parse_args()
     if args.table:
