@@ -8,6 +8,7 @@ divisors instead of the four numbers it came from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,10 @@ def open_gguf(path: Path) -> Checkpoint:
         tensor = stored[name]
         if tensor.tensor_type.name not in _READABLE:
             raise UnsupportedError(f"{path}: {name} is stored as {tensor.tensor_type.name}; {', '.join(sorted(_READABLE))} are read")
-        values = np.require(gguf.quants.dequantize(tensor.data, tensor.tensor_type), requirements="W")
+        # The package works on 16 rows at a time, so longer rows save most of its overhead. A plain array spares memmap's cost per slice.
+        stored_rows = np.asarray(tensor.data)
+        long_rows = stored_rows.reshape(len(stored_rows) // math.gcd(len(stored_rows), 64), -1)
+        values = np.require(gguf.quants.dequantize(long_rows, tensor.tensor_type), requirements="W")
         return torch.from_numpy(values).reshape(shapes[name])
 
     arch = str(fields.get("general.architecture"))
