@@ -104,7 +104,7 @@ def open_gguf(path: Path) -> Checkpoint:
         reader = _Reader(path)
     except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a GGUF file ({error}); fetch it again") from None
-    fields = {name: field.contents() for name, field in reader.fields.items() if field.parts and field.data}
+    fields = {name: _value(field) for name, field in reader.fields.items() if field.parts and field.data}
     stored = {tensor.name: tensor for tensor in reader.tensors}
     shapes = {name: tuple(int(n) for n in reversed(tensor.shape.tolist())) for name, tensor in stored.items()}
 
@@ -131,6 +131,12 @@ def open_gguf(path: Path) -> Checkpoint:
     ends = dict.fromkeys(tokens.integer(key) for key in ("eos_token_id", "eot_token_id") if key in tokens)
     bos = tokens.integer("bos_token_id") if "bos_token_id" in tokens else None
     return Checkpoint(path, config, weights, shapes, read, (_FACTORS,), tuple(ends), bos)
+
+
+def _value(field: gguf.ReaderField) -> object:
+    """A metadata value. Numbers are stored as fp32: the shortest decimal that is the same fp32 is the one that was meant."""
+    value: object = field.contents()
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _strip(fields: Mapping[str, object], prefix: str) -> dict[str, object]:
