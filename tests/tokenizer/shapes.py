@@ -72,7 +72,8 @@ QWEN = """{%- if tools %}
 {%- set ns = namespace(multi_step=true, last=messages|length - 1) %}
 {%- for message in messages[::-1] %}
     {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- set mine = message.content is string and not(message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
+    {%- set text = message.content if message.content is string else '' %}
+    {%- set mine = not(text.startswith('<tool_response>') and text.endswith('</tool_response>')) %}
     {%- if ns.multi_step and message.role == "user" and mine %}
         {%- set ns.multi_step = false %}{%- set ns.last = index %}
     {%- endif %}
@@ -107,7 +108,10 @@ QWEN = """{%- if tools %}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
-PHI = "{% for message in messages %}{{ '<|' + message.role + '|>' }}{% generation %}{{ message.content }}{% endgeneration %}<|end|>{% endfor %}"
+PHI = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>' }}"
+    "{% generation %}{{ message.content }}{% endgeneration %}<|end|>{% endfor %}"
+)
 BARE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 CUTTING = "{% for message in messages %}{{ message.content | replace('x', '') | lower }}{{ message.name }}<|im_end|>{% endfor %}"
 
@@ -125,7 +129,9 @@ CORPUS = [
 def byte_level_library() -> tokenizers.Tokenizer:
     """Byte-level BPE with digits apart, 400 tokens, all bytes."""
     library = tokenizers.Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     library.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     library.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))

@@ -39,7 +39,11 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 ]
 TOOL_CONVERSATION: list[dict[str, Any]] = [
     {"role": "user", "content": "weather in <Paris>?"},
-    {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": {"place": "<Paris>"}}}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": {"place": "<Paris>"}}}],
+    },
     {"role": "tool", "tool_call_id": "1", "content": '{"t": 21}'},
     {"role": "assistant", "content": "21", "reasoning_content": "it says\n 21"},
 ]
@@ -90,9 +94,18 @@ def test_special_tokens_that_swallow_white_space_do_so(kind: str) -> None:
 
 def nasty_text() -> st.SearchStrategy[str]:
     """Text with special tokens, halves of them, and letters that a template may delete inside of them."""
-    parts = [*SPECIAL, *PLAIN_ADDED, *(text[:cut] for text in SPECIAL for cut in (1, 2, -1)), *(text[cut:] for text in SPECIAL for cut in (1, 2, -1))]
+    parts = [
+        *SPECIAL,
+        *PLAIN_ADDED,
+        *(text[:cut] for text in SPECIAL for cut in (1, 2, -1)),
+        *(text[cut:] for text in SPECIAL for cut in (1, 2, -1)),
+    ]
     parts += [f"{text[:3]}x{text[3:]}" for text in SPECIAL] + [text.upper() for text in SPECIAL]
-    return st.lists(st.sampled_from(parts) | st.text(max_size=5), min_size=1, max_size=6).map("".join).map(lambda t: t.encode("utf-8", "replace").decode())
+    return (
+        st.lists(st.sampled_from(parts) | st.text(max_size=5), min_size=1, max_size=6)
+        .map("".join)
+        .map(lambda t: t.encode("utf-8", "replace").decode())
+    )
 
 
 def messages() -> st.SearchStrategy[list[dict[str, Any]]]:
@@ -147,7 +160,9 @@ def test_no_tool_contains_a_special_token(texts: list[str]) -> None:
     assert f in text
 
 
-@pytest.mark.parametrize("pieces", [["<|im_", "start|>"], ["<", "|im_start|>"], ["<|im_start|", ">"], ["<|", "im_start", "|>"], ["[INS", "T]"]])
+@pytest.mark.parametrize(
+    "pieces", [["<|im_", "start|>"], ["<", "|im_start|>"], ["<|im_start|", ">"], ["<|", "im_start", "|>"], ["[INS", "T]"]]
+)
 def test_neighbouring_messages_do_not_join_into_a_special_token(pieces: list[str]) -> None:
     ours = tokenizer("bare")
     ids = ours.render_chat([{"role": "user", "content": piece} for piece in pieces])
@@ -194,7 +209,10 @@ BAD: list[tuple[Any, str]] = [
     ([{"role": "tool", "content": "hi", "tool_call_id": 3}], "messages[0].tool_call_id"),
     ([{"role": "assistant", "tool_calls": [{"type": "function"}]}], "messages[0].tool_calls[0]"),
     ([{"role": "assistant", "tool_calls": [{"function": {"name": "<s>"}}]}], "messages[0].tool_calls[0].function.name"),
-    ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "messages[0].tool_calls[0].function.arguments"),
+    (
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+        "messages[0].tool_calls[0].function.arguments",
+    ),
     ([{"role": "user", "content": "\ud800"}], "messages"),
 ]
 

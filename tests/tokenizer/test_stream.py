@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ IDS = st.lists(st.integers(0, BYTE_LEVEL.get_vocab_size() - 1), max_size=60)
 
 def cut(tokens: list[int], cuts: list[int]) -> list[list[int]]:
     edges = [0, *sorted({c % (len(tokens) + 1) for c in cuts}), len(tokens)]
-    return [tokens[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [tokens[a:b] for a, b in pairwise(edges)]
 
 
 @given(IDS, st.lists(st.integers(0, 1000), max_size=20), st.booleans())

@@ -24,7 +24,10 @@ def test_a_template_that_does_not_end_is_ended(name: str) -> None:
         template.render({})
 
 
-@pytest.mark.parametrize("source", ["{{ 'x' * 10**10 }}", "{{ 'x' * n ** 10 }}", "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "{{ '%999999999d' % 1 }}"])
+@pytest.mark.parametrize(
+    "source",
+    ["{{ 'x' * 10**10 }}", "{{ 'x' * n ** 10 }}", "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "{{ '%999999999d' % 1 }}"],
+)
 def test_a_template_cannot_fill_the_memory(source: str) -> None:
     with pytest.raises((RequestError, CheckpointError), match=r"limit of (512 MiB|\d+ characters)"):
         ChatTemplate(source).render({"n": 10})
@@ -38,7 +41,9 @@ def test_the_limits_are_those_stated() -> None:
 
 
 def test_after_a_bomb_the_next_conversation_is_rendered() -> None:
-    template = ChatTemplate("{% if bomb %}{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}{% endif %}{{ text }}")
+    template = ChatTemplate(
+        "{% if bomb %}{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}{% endif %}{{ text }}"
+    )
     assert template.render({"text": "before"}) == "before"
     with pytest.raises(RequestError, match="CPU time"):
         template.render({"bomb": True})

@@ -56,7 +56,9 @@ class ChatTemplate:
         reply = self._ask(process, json.dumps(setup).encode() + b"\n")
         if "error" in reply:
             _end(process)
-            raise CheckpointError(f"the chat template does not compile: {reply['error']}; correct it, or remove it and send prompts as text")
+            raise CheckpointError(
+                f"the chat template does not compile: {reply['error']}; correct it, or remove it and send prompts as text"
+            )
         self._process = process
         return process
 
