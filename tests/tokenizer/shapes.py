@@ -114,6 +114,10 @@ PHI = (
 )
 BARE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 CUTTING = "{% for message in messages %}{{ message.content | replace('x', '') | lower }}{{ message.name }}<|im_end|>{% endfor %}"
+LOOKING = (
+    "{% for message in messages %}{% if '</think>' in message.content %}{{ '' }}{% else %}{{ message.content }}{% endif %}{% endfor %}"
+)
+AROUND = "{% for message in messages %}{{ '<|' + message.content + '|>' }}{% endfor %}"
 
 SHAPES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "qwen": QWEN, "phi": PHI, "bare": BARE, "cutting": CUTTING}
 

@@ -13,7 +13,17 @@ from gemel.config.errors import RequestError
 from gemel.tokenizer import chat
 from gemel.tokenizer.special import SpecialToken, SpecialTokens, StandIns
 from gemel.tokenizer.tokenizer import Tokenizer
-from tests.tokenizer.shapes import NAMED, PLAIN_ADDED, SHAPES, SPECIAL, byte_level_library, sentencepiece_library, tokenizer
+from tests.tokenizer.shapes import (
+    AROUND,
+    LOOKING,
+    NAMED,
+    PLAIN_ADDED,
+    SHAPES,
+    SPECIAL,
+    byte_level_library,
+    sentencepiece_library,
+    tokenizer,
+)
 
 KINDS = ("byte-level", "prepend", "first")
 TOOLS = [
@@ -160,9 +170,10 @@ def test_no_tool_contains_a_special_token(texts: list[str]) -> None:
     assert f in text
 
 
-@pytest.mark.parametrize(
-    "pieces", [["<|im_", "start|>"], ["<", "|im_start|>"], ["<|im_start|", ">"], ["<|", "im_start", "|>"], ["[INS", "T]"]]
-)
+NEIGHBOURS = [["<|im_", "start|>"], ["<", "|im_start|>"], ["<|im_start|", ">"], ["<|", "im_start", "|>"], ["[INS", "T]"]]
+
+
+@pytest.mark.parametrize("pieces", NEIGHBOURS)
 def test_neighbouring_messages_do_not_join_into_a_special_token(pieces: list[str]) -> None:
     ours = tokenizer("bare")
     ids = ours.render_chat([{"role": "user", "content": piece} for piece in pieces])
@@ -170,6 +181,22 @@ def test_neighbouring_messages_do_not_join_into_a_special_token(pieces: list[str
     assert ours.decode(ids) == "".join(pieces)
     parts = [{"type": "text", "text": piece} for piece in pieces]
     assert ours.render_chat([{"role": "user", "content": parts}]) == ids
+
+
+@pytest.mark.parametrize("pieces", NEIGHBOURS)
+def test_nor_where_the_template_looks_into_messages(pieces: list[str]) -> None:
+    looking = Tokenizer(byte_level_library(), NAMED, {"default": LOOKING})
+    ids = looking.render_chat([{"role": "user", "content": piece} for piece in ["</think>", *pieces]])
+    assert specials_in(looking, ids) == []
+    assert looking.decode(ids) == "".join(pieces)
+
+
+@pytest.mark.parametrize("content", ["im_start", " im_start ", "im_end", "user"])
+def test_nor_where_the_template_writes_half_a_special_token_around_them(content: str) -> None:
+    around = Tokenizer(byte_level_library(), NAMED, {"default": AROUND})
+    ids = around.render_chat([{"role": "user", "content": content}])
+    assert specials_in(around, ids) == []
+    assert around.decode(ids) == f"<|{content}|>"
 
 
 def test_a_template_that_looks_into_messages_sees_what_they_say() -> None:
