@@ -86,12 +86,12 @@ def test_a_request_that_cannot_be_served_is_refused_with_a_way_out(
 
 
 def test_an_id_in_use_is_refused_and_a_full_queue_says_so() -> None:
-    engine = small_engine("gqa", max_waiting=2)
+    engine = small_engine("gqa", max_running=1, max_waiting=1)
     engine.add(Request("a", PROMPT, greedy()))
     with pytest.raises(RequestError, match="in use"):
         engine.add(Request("a", PROMPT, greedy()))
     engine.add(Request("b", PROMPT, greedy()))
-    with pytest.raises(CapacityError, match="2"):
+    with pytest.raises(CapacityError, match="max_waiting = 1"):
         engine.add(Request("c", PROMPT, greedy()))
     while engine.has_work:
         engine.step()

@@ -1,1 +1,1 @@
-"""The verbs of `gemel`, imported one at a time."""
+"""The `gemel` command: one module per verb, imported one at a time."""

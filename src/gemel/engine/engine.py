@@ -115,6 +115,7 @@ class Engine:
         if job and (sequence := job.live.get(index)):
             self._retire(job, sequence, FinishReason.STOP)
 
+    @torch.inference_mode()
     def step(self) -> list[Output]:
         """Advance every scheduled sequence; returns what was added to each. An error in a step ends the requests in it and no others."""
         plan = self.scheduler.schedule(time.monotonic())
@@ -211,7 +212,8 @@ class Engine:
     def _append(self, sequence: Sequence, token: int | None, logprob: TokenLogprob | None) -> Output:
         """Give a sequence its next token, and end it where it must end."""
         job = self._jobs[sequence.request.id]
-        reason, added, stop_token, error = None, (), None, None
+        reason, stop_token, error = None, None, None
+        added: tuple[int, ...] = ()
         if token is None:
             reason, error = FinishReason.ERROR, "the model produced logits that are not finite"
         elif token in job.end_tokens:

@@ -37,13 +37,13 @@ class Runner:
         self.cache = KVCache(loaded.config, self.num_blocks, config.block_tokens, self.dtype, self.device)
         self.config = loaded.config
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor:
         """Compute the plan's tokens. Returns fp32 logits [S, V], one row per scheduled sequence that samples, in the plan's order."""
         self.cache.copy(plan.copies)
         tokens_T, positions_T, sampled_S = _flatten(plan, self.device)
         hidden_TD = self.model(tokens_T, positions_T, PagedAttend(self.config, self.cache, plan.work))
-        return self.model.head(hidden_TD.index_select(0, sampled_S)).float()
+        logits_SV: Tensor = self.model.head(hidden_TD.index_select(0, sampled_S))
+        return logits_SV.float()
 
 
 def _flatten(plan: StepPlan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

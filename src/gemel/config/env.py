@@ -1,0 +1,83 @@
+"""The environment variables that Gemel knows, read once and typed, in this one file.
+
+A variable is for what belongs to a machine or must not appear in a process list; everything else is a setting of a verb. A bad value
+is an error, and so is a `GEMEL_` name that nobody knows: a misspelt variable must not be ignored.
+
+    GEMEL_CACHE        folder for pulled models; default $XDG_CACHE_HOME/gemel or ~/.cache/gemel
+    GEMEL_API_KEY      key that `gemel serve` asks of clients, as --api-key does
+    GEMEL_TEST_MODEL   model directory or .gguf file for the tests marked `model`, instead of the pulled one
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from gemel.config.errors import ConfigError
+
+NAMES = ("GEMEL_CACHE", "GEMEL_API_KEY", "GEMEL_TEST_MODEL")
+
+
+@dataclass(frozen=True, slots=True)
+class Env:
+    """What the environment says. `cache` need not exist yet."""
+
+    cache: Path
+    api_key: str | None
+    test_model: Path | None
+
+
+@cache
+def env() -> Env:
+    """The process's environment, read at the first call and never again."""
+    return read(os.environ)
+
+
+def read(variables: Mapping[str, str]) -> Env:
+    """Typed values of `variables`; `ConfigError` for a bad one."""
+    for name in variables:
+        if name.startswith("GEMEL_") and name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, n=1)
+            raise ConfigError(f"environment variable {name} is not known: " + (f"did you mean {near[0]}?" if near else ", ".join(NAMES)))
+    return Env(cache=_cache(variables), api_key=_api_key(variables), test_model=_test_model(variables))
+
+
+def _cache(variables: Mapping[str, str]) -> Path:
+    if "GEMEL_CACHE" in variables:
+        path = _absolute("GEMEL_CACHE", variables["GEMEL_CACHE"])
+    elif variables.get("XDG_CACHE_HOME"):
+        path = Path(variables["XDG_CACHE_HOME"]) / "gemel"
+        if not path.is_absolute():  # the XDG specification says that a relative path is to be ignored
+            path = Path.home() / ".cache" / "gemel"
+    else:
+        path = Path.home() / ".cache" / "gemel"
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"the cache folder {path} is not a folder; set GEMEL_CACHE to one")
+    return path
+
+
+def _api_key(variables: Mapping[str, str]) -> str | None:
+    key = variables.get("GEMEL_API_KEY")
+    if key is not None and (not key.strip() or key != key.strip()):
+        raise ConfigError("GEMEL_API_KEY is empty or has blanks around it; unset it or give a key")
+    return key
+
+
+def _test_model(variables: Mapping[str, str]) -> Path | None:
+    if "GEMEL_TEST_MODEL" not in variables:
+        return None
+    path = _absolute("GEMEL_TEST_MODEL", variables["GEMEL_TEST_MODEL"])
+    if not path.exists():
+        raise ConfigError(f"GEMEL_TEST_MODEL = {path} does not exist; give a model directory or a .gguf file")
+    return path
+
+
+def _absolute(name: str, value: str) -> Path:
+    path = Path(value).expanduser()
+    if not path.is_absolute():
+        raise ConfigError(f"{name} = {value!r} is not an absolute path; for the current folder use {name}=$PWD/{value}")
+    return path
