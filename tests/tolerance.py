@@ -14,6 +14,8 @@ RELATIVE = {
     "bf16_reorder": 3e-2,  # the same mathematics in bf16
 }
 
+CHI_SQUARE_P = 1e-4  # a statistical test fails below this p-value; seeds are fixed, so it is not a matter of luck
+
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, row: str) -> None:
     """Fail unless max|got - want| <= RELATIVE[row] * max|want|."""

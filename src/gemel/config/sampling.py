@@ -28,7 +28,7 @@ class SamplingParams(Config):
     top_k               keep the k likeliest tokens; 0 keeps all
     top_p               keep the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al. 2019, arXiv 1904.09751)
     min_p               keep tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082)
-    repetition_penalty  divides positive and multiplies negative logits of tokens seen in prompt or output (Keskar et al. 2019, arXiv 1909.05858)
+    repetition_penalty  divides positive, multiplies negative logits of tokens in prompt or output (Keskar et al. 2019, arXiv 1909.05858)
     presence_penalty    subtracted from the logit of every token in the output so far
     frequency_penalty   subtracted once per occurrence in the output so far
     logit_bias          added to single tokens' logits, by token id
@@ -38,7 +38,7 @@ class SamplingParams(Config):
     ignore_eos          the model's own end tokens do not end the output
     max_tokens          at most so many output tokens; None means to the end of the context
     min_tokens          end tokens and stops are impossible before so many output tokens
-    logprobs            None: none; k: the chosen token's and the k likeliest tokens' log-probabilities under the model, before any of the above
+    logprobs            None: none; k: log-probabilities of the chosen and of the k likeliest tokens under the model itself
     n                   so many independent outputs that share the prompt's key/value blocks
     beam_width          None: sample; k: beam search with k beams, of which the best n are returned
     length_penalty      beam score = log-probability / length ** length_penalty
@@ -51,7 +51,9 @@ class SamplingParams(Config):
     repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: Annotated[dict[NonNegativeInt, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=MAX_LOGIT_BIAS)] = {}
+    logit_bias: Annotated[
+        dict[NonNegativeInt, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=MAX_LOGIT_BIAS, default_factory=dict)
+    ]
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...], Field(max_length=MAX_STOPS)] = ()
     stop_token_ids: Annotated[tuple[NonNegativeInt, ...], Field(max_length=MAX_STOPS)] = ()

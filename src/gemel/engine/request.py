@@ -149,8 +149,9 @@ class Output:
 class EngineStats:
     """A snapshot for metrics and the live panel. Counters only grow; gauges are marked.
 
-    `prefix_misses` counts prompt tokens that had to be computed, by reason: "cold" (no such prefix was ever cached), "evicted" (it was, and had to make room), "partial" (the
-    tail that does not fill a block, or the last token, which is always computed), "off" (the cache is disabled).
+    `prefix_misses` counts prompt tokens that had to be computed, by reason: "cold" (no such prefix was ever cached),
+    "evicted" (it was, and had to make room), "partial" (the tail that does not fill a block, or the last token, which
+    is always computed), "off" (the cache is disabled).
     """
 
     waiting: int  # gauge: sequences

@@ -1,1 +1,1 @@
-""""""
+"""OpenAI-compatible HTTP and WebSocket service, its metrics, and the web page."""

@@ -1,0 +1,80 @@
+"""The engine under test, and what the plan has to know about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from gemel.bench.roofline import Rates, StepCost
+from gemel.bench.workload import Workload
+from gemel.config.engine import EngineConfig
+from gemel.config.errors import ConfigError
+from gemel.config.model import ModelConfig
+from gemel.engine.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A loaded engine. `startup_s` is what it took to build: weights, prepacking, key/value blocks."""
+
+    engine: Engine
+    startup_s: float
+
+    @classmethod
+    def open(cls, path: Path, config: EngineConfig) -> Subject:
+        """Load a checkpoint (directory or .gguf) with the engine that serves it. Benchmarks speak token ids, so no tokenizer is needed."""
+        start_s = perf_counter()
+        engine = Engine.load(path, config)
+        return cls(engine, perf_counter() - start_s)
+
+    @property
+    def config(self) -> EngineConfig:
+        """Limits of the engine."""
+        return self.engine.config
+
+    @property
+    def model(self) -> ModelConfig:
+        """Shape of the model."""
+        return self.engine.model_config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What weights, keys and values are kept and multiplied in."""
+        return self.engine.runner.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engine computes."""
+        return self.engine.runner.device
+
+    def cost(self, rates: Rates) -> StepCost:
+        """What a step of this model costs on a machine of these rates."""
+        return StepCost(self.model, self.dtype.itemsize, rates)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the key/value pool."""
+        return self.engine.stats().blocks_total
+
+    def planned_memory_bytes(self, cost: StepCost) -> int:
+        """Weights and key/value pool: what must be resident; the interpreter and libraries come on top."""
+        return cost.weight_bytes + self.num_blocks * self.config.block_tokens * cost.kv_bytes_per_token
+
+    def check(self, workload: Workload) -> None:
+        """Raise ConfigError, before anything is timed, if the workload is not for this model."""
+        jobs = (workload.decode, *workload.offline, *workload.shared, *(job for jobs in workload.prefill.values() for job in jobs))
+        largest = max(max(job.prompt) for job in jobs)
+        if largest >= self.model.vocab_size:
+            raise ConfigError(
+                f"workload {workload.name!r} has token id {largest}, the model's vocabulary ends at {self.model.vocab_size - 1}: "
+                "leave --workload out for one that is made to fit"
+            )
+        longest = max(job.num_total for job in jobs)
+        if longest > self.engine.max_context:
+            raise ConfigError(
+                f"workload {workload.name!r} has a job of {longest} tokens, the engine's limit is {self.engine.max_context}: "
+                "raise --max-context, or leave --workload out for one that is made to fit"
+            )

@@ -1,0 +1,205 @@
+"""GGUF files (the format of llama.cpp), dequantized on the way in.
+
+Metadata is translated into the Hugging Face spelling and goes through the same family as a directory would, so the same things are refused;
+tensor names are translated into the family's own table. Two things are particular to files of architecture `llama`: the rows of queries and
+keys are permuted, because llama.cpp rotates neighbours where everybody else rotates halves; and Llama-3 scaling is stored as a tensor of
+divisors instead of the four numbers it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemel import ops
+from gemel.config.errors import CheckpointError, UnsupportedError
+from gemel.config.model import Llama3Scaling, ModelConfig, Rope
+from gemel.model.checkpoint import Checkpoint
+from gemel.model.families import family
+from gemel.model.families.fields import Fields
+from gemel.model.families.table import Stacked, Weight
+
+_READABLE = frozenset("F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K".split())  # noqa: SIM905
+_LONG_ARRAY = 1000
+_FACTORS = "rope_freqs.weight"
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.layers": "blk",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+class _Reader(gguf.GGUFReader):
+    """The package's reader without the elements of long arrays.
+
+    It makes several numpy objects per element, which takes seconds for a tokenizer's lists, and none of those lists is needed here.
+    """
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[np.ndarray], list[int], list[gguf.GGUFValueType]]:
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            kind = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+            count, start = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
+            if count > _LONG_ARRAY and kind != gguf.GGUFValueType.ARRAY:
+                return self._end_of_array(kind, count, start) - orig_offs, [], [], [gguf.GGUFValueType.ARRAY, kind]
+        parts: tuple[int, list[np.ndarray], list[int], list[gguf.GGUFValueType]] = super()._get_field_parts(orig_offs, raw_type)
+        return parts
+
+    def _end_of_array(self, kind: gguf.GGUFValueType, count: int, offset: int) -> int:
+        if kind != gguf.GGUFValueType.STRING:
+            return offset + count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+        order: Literal["big", "little"] = "big" if self.byte_order == "S" else "little"
+        data = self.data.data
+        for _ in range(count):
+            offset += 8 + int.from_bytes(data[offset : offset + 8], order)
+        return offset
+
+
+@dataclass(frozen=True)
+class RotatesNeighbours:
+    """Queries, keys and values with `rows` each, the first two stored so that rotated pairs lie next to each other in every head."""
+
+    rows: tuple[int, int, int]
+    head_width: int
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Pairs to halves, then one below the other."""
+        q, k, v = parts
+        return torch.cat((self._regroup(q, -1, 2), self._regroup(k, -1, 2), v))
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        """Cut, then halves to pairs."""
+        q, k, v = torch.split(whole, list(self.rows))
+        return [self._regroup(q, 2, -1), self._regroup(k, 2, -1), v]
+
+    def _regroup(self, rows: Tensor, outer: int, inner: int) -> Tensor:
+        heads = rows.view(len(rows) // self.head_width, self.head_width, *rows.shape[1:])
+        size = {-1: self.head_width // 2, 2: 2}
+        grouped = heads.view(len(heads), size[outer], size[inner], *rows.shape[1:])
+        return grouped.transpose(1, 2).reshape(rows.shape)
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Open a GGUF file of architecture llama (Mistral included), qwen2 or qwen3."""
+    try:
+        reader = _Reader(path)
+    except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or not a GGUF file ({error}); fetch it again") from None
+    fields = {name: field.contents() for name, field in reader.fields.items() if field.parts and field.data}
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    shapes = {name: tuple(int(n) for n in reversed(tensor.shape.tolist())) for name, tensor in stored.items()}
+
+    def read(name: str) -> Tensor:
+        tensor = stored[name]
+        if tensor.tensor_type.name not in _READABLE:
+            raise UnsupportedError(f"{path}: {name} is stored as {tensor.tensor_type.name}; {', '.join(sorted(_READABLE))} are read")
+        values = np.require(gguf.quants.dequantize(tensor.data, tensor.tensor_type), requirements="W")
+        return torch.from_numpy(values).reshape(shapes[name])
+
+    arch = str(fields.get("general.architecture"))
+    if arch not in ("llama", "qwen2", "qwen3"):
+        raise UnsupportedError(f"{path}: architecture {arch!r} is not supported in GGUF files; llama, qwen2 and qwen3 are")
+    hf = _hf_config(Fields(_strip(fields, f"{arch}."), str(path)), arch, shapes)
+    if _FACTORS in stored:
+        hf["rope_scaling"] = _llama3_scaling(path, read(_FACTORS), hf)
+    kind = family(hf["model_type"])
+    config = kind.config(hf)
+    weights = tuple(_translate(weight, config, arch) for weight in kind.weights(config))
+    tokens = Fields(_strip(fields, "tokenizer.ggml."), str(path))
+    ends = dict.fromkeys(tokens.integer(key) for key in ("eos_token_id", "eot_token_id") if key in tokens)
+    bos = tokens.integer("bos_token_id") if "bos_token_id" in tokens else None
+    return Checkpoint(path, config, weights, shapes, read, (_FACTORS,), tuple(ends), bos)
+
+
+def _strip(fields: Mapping[str, object], prefix: str) -> dict[str, object]:
+    return {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
+
+
+def _hf_config(fields: Fields, arch: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
+    """The file's metadata in the Hugging Face spelling; what it says that we do not know is refused."""
+    width, num_heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
+    head_width = fields.integer("attention.key_length", width // max(num_heads, 1))
+    fields.only("attention.value_length", head_width)
+    fields.only("rope.dimension_count", head_width)
+    for name in ("expert_count", "expert_used_count"):
+        fields.only(name, 0)
+    hf: dict[str, object] = {
+        "model_type": "mistral" if "attention.sliding_window" in fields else arch,
+        "hidden_size": width,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": fields.integer("attention.head_count_kv", num_heads),
+        "head_dim": head_width,
+        "num_hidden_layers": fields.integer("block_count"),
+        "intermediate_size": fields.integer("feed_forward_length"),
+        "vocab_size": shapes.get("token_embd.weight", (0,))[0],
+        "max_position_embeddings": fields.integer("context_length"),
+        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": fields.number("rope.freq_base", 10_000.0),
+        "tie_word_embeddings": "output.weight" not in shapes,
+    }
+    if "attention.sliding_window" in fields:
+        hf["sliding_window"] = fields.integer("attention.sliding_window")
+    if arch == "llama" and "blk.0.attn_q.bias" in shapes:
+        hf["attention_bias"] = True
+    kind = fields.text("rope.scaling.type", "none")
+    if kind != "none":
+        hf["rope_scaling"] = _hf_scaling(fields, kind)
+    fields.drop("vocab_size", "rope.scaling.finetuned")
+    fields.finish()
+    return hf
+
+
+def _hf_scaling(fields: Fields, kind: str) -> dict[str, object]:
+    """Scaling that the metadata states: linear or YaRN."""
+    scaling: dict[str, object] = {"rope_type": kind, "factor": fields.number("rope.scaling.factor")}
+    if "rope.scaling.original_context_length" in fields:
+        scaling["original_max_position_embeddings"] = fields.integer("rope.scaling.original_context_length")
+    return scaling
+
+
+def _llama3_scaling(path: Path, divisor_R: Tensor, hf: Mapping[str, object]) -> dict[str, object]:
+    """The Llama-3 scaling whose effect is these divisors of the frequencies. All released models share all numbers but the factor."""
+    head_width, factor = 2 * len(divisor_R), float(divisor_R.max())
+    bands = Llama3Scaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192)
+    plain_R, _ = ops.rope_frequencies(Rope.parse({"theta": hf["rope_theta"]}), head_width)
+    scaled_R, _ = ops.rope_frequencies(Rope.parse({"theta": hf["rope_theta"], "scaling": bands}), head_width)
+    if not torch.allclose(plain_R / scaled_R, divisor_R.flatten(), rtol=1e-4):
+        raise UnsupportedError(f"{path}: {_FACTORS} is not the scaling of Llama 3; other tables of frequencies are not supported")
+    values = bands.model_dump(exclude={"kind", "original_positions"})
+    return {"rope_type": "llama3", "original_max_position_embeddings": bands.original_positions} | values
+
+
+def _translate(weight: Weight, config: ModelConfig, arch: str) -> Weight:
+    """A row of the family's table with the names, and where needed the permutation, of GGUF."""
+    parts = tuple(_rename(part) for part in weight.parts)
+    form = weight.form
+    if arch == "llama" and isinstance(form, Stacked) and len(form.rows) == 3:
+        q_rows, k_rows, v_rows = form.rows
+        return Weight(weight.name, parts, RotatesNeighbours((q_rows, k_rows, v_rows), config.head_width))
+    return Weight(weight.name, parts, form)
+
+
+def _rename(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    if stem.startswith("model.layers."):
+        index, _, rest = stem.removeprefix("model.layers.").partition(".")
+        return f"blk.{index}.{_NAMES[rest]}.{kind}"
+    return f"{_NAMES[stem]}.{kind}"

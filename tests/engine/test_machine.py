@@ -1,0 +1,177 @@
+"""Scheduler and block pool against everything that users can do, in any order, in pools that are far too small."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from gemel.config import CapacityError, ContinuousBatching, DynamicBatching, RequestError, StaticBatching
+from gemel.engine.request import Sequence, Status, StepPlan
+from tests.engine.simulation import Simulation
+
+BATCHING = st.sampled_from(
+    [ContinuousBatching(), ContinuousBatching(), StaticBatching(batch_size=2), DynamicBatching(batch_size=3, max_wait_s=2.0)]
+)
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=14)  # two token ids, so that prefixes are often equal
+MAX_CONTEXT = 18
+
+
+class Machine(RuleBasedStateMachine):
+    """Adds, steps, forks, aborts and resets. Every step checks the plan and reads back every position of every running sequence."""
+
+    @initialize(
+        num_blocks=st.integers(2, 12),
+        block_tokens=st.integers(1, 4),
+        max_running=st.integers(1, 5),
+        extra_tokens=st.integers(0, 12),
+        max_waiting=st.integers(0, 6),
+        batching=BATCHING,
+        prefix_cache=st.sampled_from([True, True, True, False]),
+    )
+    def start(self, num_blocks, block_tokens, max_running, extra_tokens, max_waiting, batching, prefix_cache):
+        self.sim = Simulation(
+            num_blocks,
+            block_tokens,
+            max_running=max_running,
+            max_step_tokens=max_running + extra_tokens,
+            max_waiting=max_waiting,
+            max_context=MAX_CONTEXT,
+            batching=batching,
+            prefix_cache=prefix_cache,
+            token=lambda sequence: (len(sequence.tokens) * 7 + sequence.index + sequence.arrival) // 3 % 2,
+        )
+        self.forked: set[str] = set()
+
+    @property
+    def living(self) -> list[Sequence]:
+        return self.sim.scheduler.waiting + self.sim.scheduler.running
+
+    @rule(
+        prompt=PROMPTS,
+        max_new=st.integers(1, 8),
+        priority=st.sampled_from([0, 0, 1, -1]),
+        salt=st.sampled_from(["", "", "tenant"]),
+        n=st.integers(1, 3),
+        beams=st.sampled_from([None, None, 2, 3]),
+    )
+    def add(self, prompt, max_new, priority, salt, n, beams):
+        sim = self.sim
+        sequence = sim.sequence(prompt, max_new, priority=priority, salt=salt, n=1 if beams else n, beam_width=beams)
+        blocks = -(-sequence.max_total // sim.pool.block_tokens) * (beams or 1)
+        possible = blocks <= sim.pool.num_blocks and (beams or n) <= sim.config.max_running
+        try:
+            sim.scheduler.add(sequence, sim.now_s)
+        except RequestError:
+            assert not possible
+        except CapacityError:
+            assert len(sim.scheduler.waiting) >= sim.config.max_waiting
+        else:
+            assert possible
+
+    @rule(elapsed_s=st.sampled_from([0.0, 0.5, 3.0]))
+    def step(self, elapsed_s):
+        self.advance(elapsed_s, None)
+
+    @precondition(lambda self: self.living)
+    @rule(data=st.data())
+    def abort_during_a_step(self, data):
+        victim = data.draw(st.sampled_from(self.living))
+        self.advance(0.0, victim)
+
+    @rule(num_steps=st.integers(2, 6))
+    def steps(self, num_steps):
+        for _ in range(num_steps):
+            self.advance(1.0, None)
+
+    @precondition(lambda self: self.living)
+    @rule(data=st.data())
+    def abort(self, data):
+        victim = data.draw(st.sampled_from(self.living))
+        self.sim.scheduler.abort(victim)
+        self.sim.scheduler.abort(victim)  # a second abort, or one that comes late, changes nothing
+
+    @precondition(lambda self: any(self.can_fork(sequence) for sequence in self.living))
+    @rule(data=st.data())
+    def fork(self, data):
+        """At any point of its life, not only when the first token is sampled."""
+        parent = data.draw(st.sampled_from([sequence for sequence in self.living if self.can_fork(sequence)]))
+        self.forked.add(parent.request.id)
+        for index in range(1, parent.request.params.n):
+            self.sim.fork(parent, index)
+
+    @rule()
+    def reset(self):
+        self.sim.reset()
+        assert self.sim.pool.num_used == self.sim.pool.num_cached == 0
+
+    @invariant()
+    def sound(self):
+        if hasattr(self, "sim"):
+            self.sim.check()
+
+    def teardown(self):
+        if not hasattr(self, "sim"):
+            return
+        for _ in range(2000):
+            if not self.living:
+                break
+            self.advance(1.0, None)
+        assert not self.living, "bounded sequences, unbounded work"
+        assert self.sim.pool.num_used == 0
+
+    def can_fork(self, sequence: Sequence) -> bool:
+        params = sequence.request.params
+        running = sequence.status is Status.RUNNING
+        return running and params.beam_width is None and params.n > 1 and sequence.request.id not in self.forked
+
+    def advance(self, elapsed_s: float, abort: Sequence | None) -> None:
+        sim = self.sim
+        sim.now_s += elapsed_s
+        filling = isinstance(sim.config.batching, DynamicBatching) and not sim.scheduler.running
+        had_work = sim.scheduler.has_work
+
+        def interrupt(plan: StepPlan) -> None:
+            if abort is not None:
+                sim.scheduler.abort(abort)
+
+        plan = sim.step(interrupt, append=False)
+        assert plan.work or not had_work or filling, "nobody proceeds"
+        for item in plan.work:
+            if item.samples and item.sequence.status is Status.RUNNING and item.sequence.request.params.beam_width is None:
+                sim.append(item.sequence)
+        for request_id in {item.sequence.request.id for item in plan.work if item.sequence.request.params.beam_width is not None}:
+            self.advance_beams([sequence for sequence in self.living if sequence.request.id == request_id])
+        sim.check()
+
+    def advance_beams(self, beams: list[Sequence]) -> None:
+        """When all beams have sampled: the last one dies, the first is forked in its place, all grow."""
+        if not beams or any(beam.num_computed < len(beam.tokens) for beam in beams):
+            return
+        width = beams[0].request.params.beam_width
+        beams = sorted(beams, key=lambda beam: beam.index)
+        next_index = beams[-1].index + 1
+        if len(beams) == width and width > 1:
+            self.sim.scheduler.finish(beams.pop())
+        while len(beams) < width:
+            beams.append(self.sim.fork(beams[0], next_index))
+            next_index += 1
+        for beam in beams:
+            self.sim.append(beam)
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(-1, 1)), min_size=1, max_size=12),
+    num_blocks=st.integers(6, 12),
+    max_running=st.integers(1, 6),
+)
+def test_everyone_finishes_with_every_token(lengths, num_blocks, max_running):
+    sim = Simulation(num_blocks, 4, max_running=max_running, max_step_tokens=max_running + 3, max_context=24)
+    sequences = [sim.add(list(range(prompt)), new, priority=priority) for prompt, new, priority in lengths]
+    sim.run()
+    assert all(sequence.status is Status.FINISHED and len(sequence.tokens) == sequence.max_total for sequence in sequences)

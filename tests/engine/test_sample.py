@@ -1,0 +1,158 @@
+"""The sampler against distributions worked out by hand in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gemel.config.sampling import SamplingParams
+from gemel.engine.request import Request, Sequence
+from gemel.engine.sample import CANDIDATES, Row, sample, uniform
+from tests.tolerance import CHI_SQUARE_P
+
+VOCAB = 40
+
+
+def row(
+    seed: int = 0, prompt: tuple[int, ...] = (1, 2, 3), output: tuple[int, ...] = (), end_tokens: tuple[int, ...] = (), **params: object
+) -> Row:
+    request = Request("r", prompt, SamplingParams.parse(params))
+    return Row(Sequence(request, 0, 0, [*prompt, *output], 100), seed, end_tokens)
+
+
+def draw_many(logits_V: torch.Tensor, count: int, **params: object) -> np.ndarray:
+    rows = [row(seed, **params) for seed in range(count)]
+    return np.array([drawn.token for drawn in sample(logits_V.repeat(count, 1), rows)])
+
+
+def assert_distribution(tokens: np.ndarray, probability_V: torch.Tensor) -> None:
+    """Chi-square test of drawn tokens against probabilities; tokens of probability zero must not occur."""
+    expected = probability_V.double().numpy() * len(tokens)
+    observed = np.bincount(tokens, minlength=len(expected))
+    assert observed[expected == 0].sum() == 0
+    likely = expected > 5
+    statistic = (((observed - expected) ** 2)[likely] / expected[likely]).sum()
+    freedom = max(1, int(likely.sum()) - 1)
+    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))  # Wilson and Hilferty 1931
+    assert 0.5 * math.erfc(z / math.sqrt(2)) > CHI_SQUARE_P, f"chi-square {statistic:.1f} with {freedom} degrees of freedom"
+
+
+@pytest.fixture
+def logits_V() -> torch.Tensor:
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2
+
+
+def test_temperature(logits_V: torch.Tensor) -> None:
+    assert_distribution(draw_many(logits_V, 20_000, temperature=0.7), torch.softmax(logits_V.double() / 0.7, -1))
+
+
+def test_a_whole_distribution_over_many_chunks_is_inverted() -> None:
+    logits_V = torch.randn(3 * 256 + 17, generator=torch.Generator().manual_seed(5))
+    assert_distribution(draw_many(logits_V, 60_000), torch.softmax(logits_V.double(), -1))
+
+
+def test_top_k(logits_V: torch.Tensor) -> None:
+    kept = torch.full_like(logits_V, -torch.inf).scatter(0, logits_V.topk(5).indices, logits_V.topk(5).values)
+    assert_distribution(draw_many(logits_V, 20_000, top_k=5), torch.softmax(kept.double(), -1))
+
+
+def nucleus(probability_V: torch.Tensor, top_p: float) -> torch.Tensor:
+    out, total = torch.zeros_like(probability_V), 0.0
+    for token in probability_V.argsort(descending=True).tolist():
+        if total >= top_p:
+            break
+        out[token] = probability_V[token]
+        total += probability_V[token].item()
+    return out / out.sum()
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9])
+def test_top_p(logits_V: torch.Tensor, top_p: float) -> None:
+    assert_distribution(draw_many(logits_V, 20_000, top_p=top_p), nucleus(torch.softmax(logits_V.double(), -1), top_p))
+
+
+def test_top_p_acts_on_what_top_k_left(logits_V: torch.Tensor) -> None:
+    kept = torch.full_like(logits_V, -torch.inf).scatter(0, logits_V.topk(6).indices, logits_V.topk(6).values)
+    assert_distribution(draw_many(logits_V, 20_000, top_k=6, top_p=0.7), nucleus(torch.softmax(kept.double(), -1), 0.7))
+
+
+def test_min_p(logits_V: torch.Tensor) -> None:
+    probability_V = torch.softmax(logits_V.double(), -1)
+    kept = probability_V * (probability_V >= 0.2 * probability_V.max())
+    assert_distribution(draw_many(logits_V, 20_000, min_p=0.2), kept / kept.sum())
+
+
+def test_a_flat_distribution_needs_more_candidates_than_are_tried_first() -> None:
+    logits_V = torch.linspace(0, 1e-3, 4 * CANDIDATES)
+    tokens = draw_many(logits_V, 20_000, top_p=0.9)
+    assert_distribution(tokens, nucleus(torch.softmax(logits_V.double(), -1), 0.9))
+    assert len(set(tokens.tolist())) > CANDIDATES
+
+
+def test_greedy_takes_the_likeliest_and_a_tiny_temperature_agrees(logits_V: torch.Tensor) -> None:
+    want = logits_V.argmax().item()
+    assert set(draw_many(logits_V, 3, temperature=0.0)) == {want}
+    assert set(draw_many(logits_V, 50, temperature=1e-4)) == {want}
+
+
+def test_a_mixed_batch_gives_each_row_what_it_would_get_alone() -> None:
+    logits_SV = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(1)) * 3
+    kinds: list[dict[str, object]] = [
+        {"temperature": 0.0},
+        {},
+        {"top_k": 3},
+        {"top_p": 0.4, "temperature": 1.3},
+        {"min_p": 0.3},
+        {"repetition_penalty": 1.7, "logprobs": 2},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5, "logit_bias": {4: 5.0}, "logprobs": 0},
+    ]
+    rows = [row(seed, (1, 2, 3), (4, 4, 9), **params) for seed, params in enumerate(kinds)]
+    together = sample(logits_SV.clone(), rows)
+    assert together == [sample(logits_SV[i : i + 1].clone(), [rows[i]])[0] for i in range(len(rows))]
+
+
+def test_penalties_and_bias_by_hand() -> None:
+    logits_V = torch.tensor([2.0, -2.0, 1.0, 0.5, 0.0, 0.0])
+    prompt, output = (0, 1), (2, 2, 3)
+    params = {"repetition_penalty": 2.0, "presence_penalty": 0.25, "frequency_penalty": 0.5, "logit_bias": {4: 1.0}}
+    # repetition: 2/2, -2*2, 1/2, 0.5/2; presence and frequency on the output only: 2 occurs twice, 3 once; bias comes first
+    want = torch.tensor([1.0, -4.0, 0.5 - 0.25 - 1.0, 0.25 - 0.25 - 0.5, 1.0, 0.0]).double()
+    rows = [row(seed, prompt, output, **params) for seed in range(20_000)]
+    tokens = np.array([drawn.token for drawn in sample(logits_V.repeat(len(rows), 1), rows)])
+    assert_distribution(tokens, torch.softmax(want, -1))
+
+
+def test_end_tokens_are_impossible_before_min_tokens() -> None:
+    logits_V = torch.zeros(VOCAB)
+    logits_V[7] = 50.0
+    assert sample(logits_V[None].clone(), [row(min_tokens=2, output=(5,), end_tokens=(7,), temperature=0.0)])[0].token != 7
+    assert sample(logits_V[None].clone(), [row(min_tokens=1, output=(5,), end_tokens=(7,), temperature=0.0)])[0].token == 7
+
+
+def test_logprobs_are_the_models_own_before_temperature_and_bias(logits_V: torch.Tensor) -> None:
+    want_V = torch.log_softmax(logits_V.double(), -1)
+    [drawn] = sample(logits_V[None].clone(), [row(logprobs=3, temperature=0.2, logit_bias={5: 100.0})])
+    assert drawn.token == 5 and drawn.logprob is not None
+    assert drawn.logprob.logprob == pytest.approx(want_V[5].item(), abs=1e-5)
+    assert [token for token, _ in drawn.logprob.top] == want_V.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_fails_alone(logits_V: torch.Tensor, bad: float) -> None:
+    logits_SV = logits_V.repeat(3, 1)
+    logits_SV[1, 4] = bad
+    drawn = sample(logits_SV, [row(logprobs=1), row(logprobs=1), row(logprobs=1)])
+    assert drawn[1].token is None and drawn[1].logprob is None
+    assert drawn[0] == drawn[2] and drawn[0].token is not None
+
+
+def test_uniform_is_uniform_and_depends_on_every_input() -> None:
+    numbers = uniform(range(5000), [0] * 5000, [0] * 5000)
+    assert abs(numbers.mean() - 0.5) < 0.02 and numbers.min() >= 0 and numbers.max() < 1
+    histogram = np.histogram(numbers, bins=20, range=(0, 1))[0]
+    assert histogram.min() > 180
+    assert len({uniform([s], [i], [c])[0] for s in range(3) for i in range(3) for c in range(3)}) == 27
+    assert uniform([-1], [0], [0]) == uniform([2**64 - 1], [0], [0])
