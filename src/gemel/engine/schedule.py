@@ -258,7 +258,7 @@ class Scheduler:
         preempted: list[Sequence] = []
         tokens, blocks = self._demand()
         for sequence in list(self._policy.choose(Queue(self.waiting, len(self.running), self._added_s, now_s))):
-            if tokens >= self.max_step_tokens:
+            if tokens >= self.max_step_tokens or any(victim.order < sequence.order for victim in preempted):
                 break
             slots = self._missing_slots(sequence)
             if slots > 0 and not self._outranks_someone(sequence):
@@ -266,8 +266,7 @@ class Scheduler:
             matched = self.pool.match_prefix(sequence.tokens, sequence.request.salt)
             new = self.pool.blocks_for(len(sequence.tokens)) - len(matched)
             revived = sum(self.pool.references(block) == 0 for block in matched)  # counted as free until now
-            spare = self._spare_blocks if self.running else 0
-            short = new + revived + blocks + spare - self.pool.num_free
+            short = new + revived + blocks + self._spare(sequence) - self.pool.num_free
             if slots > 0 or short > 0:
                 victims = self._victims(sequence, slots, short, set(matched))
                 if not victims:
@@ -284,6 +283,11 @@ class Scheduler:
     def _missing_slots(self, sequence: Sequence) -> int:
         group = self._groups[sequence.request.id]
         return 0 if group.num_running else self._slots_used() + group.slots - self.max_running
+
+    def _spare(self, sequence: Sequence) -> int:
+        """Blocks to leave free. None for a sequence that will be alone with its siblings: `add` saw to it that those fit, but only just."""
+        group = self._groups[sequence.request.id]
+        return 0 if group.num_running == len(self.running) else self._spare_blocks
 
     def _outranks_someone(self, sequence: Sequence) -> bool:
         return bool(self.running) and self.running[-1].request.priority > sequence.request.priority
