@@ -165,6 +165,19 @@ def test_admission_counts_what_running_prompts_still_need():
     assert sim.scheduler.num_preemptions == 0
 
 
+def test_cached_blocks_of_the_newcomer_are_not_free_for_it_as_well():
+    sim = Simulation(num_blocks=6)
+    sim.add(list(range(9)), 1)
+    sim.run()
+    sim.add([50] * 9, 5)
+    sim.step()
+    newcomer = sim.add([*range(8), 8, 8, 8, 8, 8, 8], 3)  # 2 cached blocks and 2 more, where 1 is free besides those 2
+    sim.step()
+    assert newcomer.status is Status.WAITING
+    sim.run()
+    assert newcomer.cached_tokens == 8 and sim.scheduler.num_preemptions == 0
+
+
 def test_many_that_compute_the_same_prompt_at_once_stay_correct():
     sim = Simulation(num_blocks=16)
     for _ in range(3):
@@ -219,23 +232,24 @@ def test_nobody_is_preempted_in_vain():
 
 
 def test_blocks_that_the_urgent_one_wants_to_reuse_are_not_counted_as_gain():
-    sim = Simulation(num_blocks=6)
-    sim.add(list(range(9)), 9, priority=1)
+    sim = Simulation(num_blocks=10)
+    other, owner = sim.add([7] * 11, 9, priority=1), sim.add(list(range(11)), 9, priority=1)
     sim.step()
-    urgent = sim.add([*range(8), *range(50, 64)], 2, priority=0)  # 6 blocks in all, 2 of them shared with the victim
-    plan = sim.step()
-    assert len(plan.preempted) == 1 and urgent.cached_tokens == 8
+    urgent = sim.add([*range(8), *range(50, 70)], 2, priority=0)  # 7 blocks: 2 of the owner's, 4 free, and the owner has only 1 more
+    assert sim.step().preempted == (owner, other)
+    assert urgent.cached_tokens == 8 and urgent.num_computed == 28
     sim.run()
 
 
 def test_after_a_preemption_nobody_less_urgent_slips_in():
-    sim = Simulation(num_blocks=8, max_running=2)
-    middle = [sim.add([start] * 2, 9, priority=1) for start in range(2)]
+    sim = Simulation(num_blocks=8)
+    victim = sim.add([1] * 19, 9, priority=1)
     sim.step()
-    sim.add([7] * 2, 3, priority=0)
-    last = sim.add([8] * 2, 3, priority=2)
-    sim.step()
-    assert sim.scheduler.waiting == [middle[1], last]
+    sim.add([2] * 15, 3, priority=0)
+    last = sim.add([3], 3, priority=2)  # would fit beside the urgent one, which the victim does not
+    assert sim.step().preempted == (victim,)
+    assert sim.scheduler.waiting == [victim, last]
+    sim.run()
 
 
 # Refusals

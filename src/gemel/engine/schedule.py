@@ -34,7 +34,10 @@ from gemel.engine.batch import Queue, policy
 from gemel.engine.blocks import BlockPool
 from gemel.engine.request import Scheduled, Sequence, Status, StepPlan
 
-SPARE_BLOCKS = 0.01  # of the pool stays free when a sequence joins others, so that their next blocks do not preempt it at once
+# This part of the pool stays free when a sequence joins others, so that their next blocks do not preempt it at once. Simulated with 200
+# requests of 50-200 prompt and 50-300 output tokens on 300 blocks of 16: against none, 5% saves 16% of the computed tokens for 2% more
+# steps; 20% saves 23% for 15% more.
+SPARE_BLOCKS = 0.05
 
 
 @dataclass(slots=True)
@@ -333,7 +336,7 @@ class Scheduler:
         copies: list[tuple[int, int]] = []
         preempted: list[Sequence] = []
         budget = self.max_step_tokens
-        set_aside = _num_decoding(running)
+        set_aside = sum(len(sequence.tokens) - sequence.num_computed == 1 for sequence in running)
         place = 0
         while place < len(running):
             sequence = running[place]
@@ -346,10 +349,7 @@ class Scheduler:
                 continue
             blocks = sequence.blocks
             if start + num_new > len(blocks) * size or (start % size and pool.references(blocks[start // size]) > 1):
-                robbed = self._make_room(sequence)
-                if robbed:
-                    preempted += robbed
-                    set_aside = _num_decoding(running[place:])
+                preempted += self._make_room(sequence)
                 num_new = self._take_blocks(sequence, num_new, copies)
                 if num_new == 0:
                     continue  # stalled: everyone else is more urgent and has the rest
@@ -419,8 +419,3 @@ class Scheduler:
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:
     return sequence.order
-
-
-def _num_decoding(sequences: Run[Sequence]) -> int:
-    """How many of them lack just one token."""
-    return sum(len(sequence.tokens) - sequence.num_computed == 1 for sequence in sequences)
