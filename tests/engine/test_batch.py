@@ -63,6 +63,18 @@ def test_a_preempted_member_belongs_to_its_static_batch():
     sim.run()
 
 
+def test_a_preempted_member_rejoins_while_its_batch_runs():
+    sim = Simulation(num_blocks=9, batching=StaticBatching(batch_size=3))
+    sim.add([1] * 3, 20), sim.add([2] * 7, 8)
+    member = sim.add([3] * 7, 8)
+    while not member.num_preemptions:
+        sim.step()
+    while member.status is Status.WAITING:
+        sim.step()
+    assert running(sim) == [0, 2]  # the second has made room by ending, the first still runs
+    sim.run()
+
+
 def test_dynamic_batching_starts_when_full():
     sim = Simulation(batching=DynamicBatching(batch_size=2, max_wait_s=10.0))
     sim.add([1, 2], 2)

@@ -86,6 +86,7 @@ class Machine(RuleBasedStateMachine):
         if during_a_step:
             self.advance(0.0, victim)
         self.sim.scheduler.abort(victim)  # a second abort, or one that comes late, changes nothing
+        self.advance_beams()  # it may have been the one that its siblings were held for
 
     @precondition(lambda self: any(self.can_fork(sequence) for sequence in self.living))
     @rule(data=st.data())
@@ -137,13 +138,17 @@ class Machine(RuleBasedStateMachine):
         for item in plan.work:
             if item.samples and item.sequence.status is Status.RUNNING and item.sequence.request.params.beam_width is None:
                 sim.append(item.sequence)
-        for request_id in {item.sequence.request.id for item in plan.work if item.sequence.request.params.beam_width is not None}:
-            self.advance_beams([sequence for sequence in self.living if sequence.request.id == request_id])
+        self.advance_beams()
         sim.check()
 
-    def advance_beams(self, beams: list[Sequence]) -> None:
-        """When all beams have sampled: the last one dies, the first is forked in its place, all grow."""
-        if not beams or any(beam.num_computed < len(beam.tokens) for beam in beams):
+    def advance_beams(self) -> None:
+        beams = [sequence for sequence in self.living if sequence.request.params.beam_width is not None]
+        for request_id in sorted({beam.request.id for beam in beams}):
+            self.advance_together([beam for beam in beams if beam.request.id == request_id])
+
+    def advance_together(self, beams: list[Sequence]) -> None:
+        """When all beams of a request have sampled: the last one dies, the first is forked in its place, all grow."""
+        if any(beam.num_computed < len(beam.tokens) for beam in beams):
             return
         width = beams[0].request.params.beam_width
         beams = sorted(beams, key=lambda beam: beam.index)

@@ -363,9 +363,12 @@ def test_preempted_sequences_do_not_count_as_waiting():
 
 def test_a_fork_shares_blocks_until_one_writes():
     sim = Simulation(token=lambda sequence: sequence.index)
+    sim.add([1, 2, 3, 4, 5], 1)
+    sim.run()
     parent = sim.add([1, 2, 3, 4, 5], 6, n=2)
     sim.step()
     child = sim.fork(parent, 1)
+    assert child.cached_tokens == parent.cached_tokens == 4
     assert child.blocks == parent.blocks and sim.pool.num_used == 2 and child.num_computed == 5
     child.tokens[-1] = 77
     plan = sim.step()

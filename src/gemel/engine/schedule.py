@@ -337,10 +337,7 @@ class Scheduler:
         preempted: list[Sequence] = []
         budget = self.max_step_tokens
         set_aside = sum(len(sequence.tokens) - sequence.num_computed == 1 for sequence in running)
-        place = 0
-        while place < len(running):
-            sequence = running[place]
-            place += 1
+        for sequence in running:  # which meanwhile loses sequences, but only behind this one
             start = sequence.num_computed
             missing = len(sequence.tokens) - start
             set_aside -= missing == 1
