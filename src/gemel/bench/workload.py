@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +87,17 @@ def _parse(data: Mapping[str, object], path: Path) -> Workload:
         shared=lists["shared"],
         server=lists.get("server", ()),
     )
+
+
+def dump(workload: Workload) -> str:
+    """The workload as the text of a file that `load` reads."""
+
+    def entries(jobs: Sequence[Job]) -> list[dict[str, object]]:
+        return [{"prompt": list(job.prompt), "out": job.num_output} for job in jobs]
+
+    lists = {"offline": workload.offline, "shared": workload.shared, "server": workload.server}
+    lists |= {f"prefill{length}_alt": jobs for length, jobs in workload.prefill.items()}
+    return json.dumps({"decode": entries([workload.decode])[0]} | {key: entries(jobs) for key, jobs in lists.items()})
 
 
 def _jobs(value: object, where: str) -> tuple[Job, ...]:

@@ -54,13 +54,14 @@ def table(found: list[Finding]) -> str:
     """The report for people."""
     lines: list[str] = []
     section = ""
+    width = max(len(finding.name) for finding in found)
     for finding in found:
         if finding.section != section:
             section = finding.section
             lines += ["", section] if lines else [section]
-        lines.append(f"{MARKS[finding.state]} {finding.name:<16} {finding.value}")
+        lines.append(f"{MARKS[finding.state]} {finding.name:<{width}}  {finding.value}")
         if finding.advice:
-            lines.append(f"  {'':<16} -> {finding.advice}")
+            lines.append(f"  {'':<{width}}  -> {finding.advice}")
     return "\n".join(lines)
 
 
