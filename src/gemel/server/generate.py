@@ -25,7 +25,6 @@ from gemel.server.protocol import ChatBody, CompletionBody
 from gemel.server.service import Job, Service
 from gemel.server.stream import EventStream, unless_gone
 
-
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make a new one for every token
 
 
