@@ -114,7 +114,7 @@ def fast_paths() -> Iterator[Finding]:
     simd = torch.backends.cpu.get_cpu_capability()
     yield Finding("fast paths", "vector code", "off" if simd in ("DEFAULT", "NO AVX") else "on", f"PyTorch uses {simd}")
     yield from _choice(
-        torch.backends.mkldnn.is_available(),
+        torch._C._has_mkldnn,
         "prepacked linear",
         ("oneDNN packs the weights once, at start-up", "this PyTorch has no oneDNN: weights are read unpacked"),
         "install a PyTorch wheel from PyPI; builds without oneDNN are rare",
