@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gemel.bench.workload import Job, load, small
+from gemel.bench.workload import Job, dump, load, small
 from gemel.config.errors import ConfigError
 
 GOOD = {
@@ -65,6 +65,12 @@ def test_missing_file(tmp_path):
 def test_small_is_the_same_every_time_and_another_with_another_seed():
     assert small(49152, 8192) == small(49152, 8192)
     assert small(49152, 8192) != small(49152, 8192, seed=1)
+
+
+def test_what_is_dumped_is_loaded(tmp_path):
+    path = tmp_path / "small.json"
+    path.write_text(dump(small(1000, 256)))
+    assert load(path) == small(1000, 256)
 
 
 @pytest.mark.parametrize(("vocab_size", "max_context"), [(49152, 8192), (260, 64), (1000, 16)])

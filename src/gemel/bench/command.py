@@ -28,25 +28,12 @@ BENCHMARKS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `gemel bench`."""
+    """Declare what a benchmark is asked; the model and the engine are the caller's to choose."""
     parser.add_argument("benchmark", choices=BENCHMARKS, help="; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items()))
-    parser.add_argument("--model", help="model directory, .gguf file or name; default: the one that `gemel pull` fetches")
     parser.add_argument("--workload", type=Path, metavar="FILE", help="JSON workload; default: a small one made to fit the model")
     parser.add_argument("--repeat", type=_count, default=3, metavar="N", help="how often each run is timed (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print only the JSON object")
     parser.add_argument("--profile", action="store_true", help="afterwards, show which operators one more run spends its time in")
-    engine = parser.add_argument_group("engine", "as in gemel.config.EngineConfig; what is not given keeps its default there")
-    engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
-    engine.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    engine.add_argument("--threads", type=_count, metavar="N")
-    engine.add_argument("--max-context", type=_count, metavar="TOKENS")
-    engine.add_argument("--max-running", type=_count, metavar="N")
-    engine.add_argument("--max-step-tokens", type=_count, metavar="TOKENS")
-    engine.add_argument("--block-tokens", type=_count, metavar="TOKENS")
-    engine.add_argument("--kv-bytes", type=_count, metavar="BYTES")
-    engine.add_argument("--prefix-cache", action=argparse.BooleanOptionalAction)
-    engine.add_argument("--batching", choices=("continuous", "static", "dynamic"))
-    engine.add_argument("--batch-size", type=_count, metavar="N", help="of static and dynamic batching")
 
 
 def _count(text: str) -> int:
@@ -56,30 +43,13 @@ def _count(text: str) -> int:
     return value
 
 
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The engine that the flags describe. Raises ConfigError where they contradict each other."""
-    from gemel.config.engine import EngineConfig
-    from gemel.config.errors import ConfigError
-
-    names = ("dtype", "device", "threads", "max_context", "max_running", "max_step_tokens", "block_tokens", "kv_bytes", "prefix_cache")
-    values: dict[str, object] = {name: value for name in names if (value := getattr(args, name)) is not None}
-    if args.batch_size is not None and args.batching not in ("static", "dynamic"):
-        raise ConfigError(f"--batch-size {args.batch_size} belongs to --batching static or dynamic; give one of them or leave it out")
-    if args.batching is not None:
-        values["batching"] = {"kind": args.batching} | ({"batch_size": args.batch_size} if args.batch_size else {})
-    return EngineConfig.parse(values)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Load, warm up, measure, plan, print. Raises ConfigError for what the user can mend."""
-    config = engine_config(args)
+def run(args: argparse.Namespace, name: str, path: Path, config: EngineConfig) -> int:
+    """Load the model at `path`, warm up, measure, plan, print. Raises ConfigError for what the user can mend."""
     from gemel.bench import machine, suite, workload
     from gemel.bench.subject import Subject
-    from gemel.llm import store
 
-    given = workload.load(args.workload) if args.workload else None
-    name = args.model or store.DEFAULT
-    subject = Subject.open(store.resolve(name), config)
+    given = workload.load(args.workload) if args.workload else None  # a mistake should not wait for the model
+    subject = Subject.open(path, config)
     work = given or workload.small(subject.model.vocab_size, subject.engine.max_context)
     subject.check(work)
     repeats = suite.measured(subject, args.benchmark, work, args.repeat)
@@ -88,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         print(suite.profile(subject, args.benchmark, work), file=sys.stderr if args.json else sys.stdout)
     rates = machine.rates(subject.device, subject.dtype)
     figures = suite.compare(subject, args.benchmark, work, repeats, rates, peak_bytes)
-    head = {"benchmark": args.benchmark, "model": Path(name).name, "workload": work.name, "repeat": args.repeat}
+    head = {"benchmark": args.benchmark, "model": name, "workload": work.name, "repeat": args.repeat}
     _print(head, subject, rates, figures, only_json=args.json)
     return 0
 

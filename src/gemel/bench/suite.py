@@ -77,4 +77,5 @@ def profile(subject: Subject, benchmark: str, workload: Workload) -> str:
     with torch.profiler.profile() as profiled:
         for run in runs(benchmark, workload, 0):
             measure(subject.engine, run.jobs, salt="profile")
-    return profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=40)
+    table: str = profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=40)
+    return table

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,8 +76,8 @@ def _parse(data: Mapping[str, object], path: Path) -> Workload:
     for key, jobs in lists.items():
         if match := _PREFILL.fullmatch(key):
             prefill.setdefault(int(match[1]), []).extend(jobs)
-    for length, jobs in prefill.items():
-        if wrong := {len(job.prompt) for job in jobs} - {length}:
+    for length, alike in prefill.items():
+        if wrong := {len(job.prompt) for job in alike} - {length}:
             raise ConfigError(f"workload {path}: prefill{length} has prompts of {sorted(wrong)} tokens; its name says {length}")
     return Workload(
         name=path.stem,
@@ -87,6 +87,17 @@ def _parse(data: Mapping[str, object], path: Path) -> Workload:
         shared=lists["shared"],
         server=lists.get("server", ()),
     )
+
+
+def dump(workload: Workload) -> str:
+    """The workload as the text of a file that `load` reads."""
+
+    def entries(jobs: Sequence[Job]) -> list[dict[str, object]]:
+        return [{"prompt": list(job.prompt), "out": job.num_output} for job in jobs]
+
+    lists = {"offline": workload.offline, "shared": workload.shared, "server": workload.server}
+    lists |= {f"prefill{length}_alt": jobs for length, jobs in workload.prefill.items()}
+    return json.dumps({"decode": entries([workload.decode])[0]} | {key: entries(jobs) for key, jobs in lists.items()})
 
 
 def _jobs(value: object, where: str) -> tuple[Job, ...]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 
+from gemel.bench import command
+from gemel.cli import flags, model
+
 HELP = "measure throughput, decode, prefill and prefix caching here, beside the plan"
 EXAMPLE = "gemel bench throughput"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    from gemel.bench import command
-
+    model.add_arguments(parser)
     command.add_arguments(parser)
+    flags.add(parser, "engine", flags.ENGINE)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
-    from gemel.bench import command
-
-    return command.run(args)
+    return command.run(args, model.short_name(args), model.find(args), model.engine_config(args))

@@ -212,7 +212,8 @@ class Engine:
     def _append(self, sequence: Sequence, token: int | None, logprob: TokenLogprob | None) -> Output:
         """Give a sequence its next token, and end it where it must end."""
         job = self._jobs[sequence.request.id]
-        reason, added, stop_token, error = None, (), None, None
+        reason, stop_token, error = None, None, None
+        added: tuple[int, ...] = ()
         if token is None:
             reason, error = FinishReason.ERROR, "the model produced logits that are not finite"
         elif token in job.end_tokens:

@@ -27,9 +27,9 @@ Deltas = list[tuple[str, Delta]]  # with the id of the request
 
 def load(model: str | Path, config: EngineConfig | None) -> tuple[Engine, Tokenizer]:
     """The engine and the tokenizer of the checkpoint at `model` (Hugging Face directory or GGUF file)."""
+    tokenizer = Tokenizer.load(model)  # first: it is quick, and a mistake in the path shows at once
     from gemel.engine.engine import Engine
 
-    tokenizer = Tokenizer.load(model)  # first: it is quick, and a mistake in the path shows at once
     return Engine.load(model, config), tokenizer
 
 

@@ -1,0 +1,191 @@
+"""Gemel and its peers on the same work, side by side: one process per engine and round, the rounds of all engines interleaved.
+
+    python bench/peers/run.py --model DIR [--workload FILE] [--peers gemel,transformers,vllm,llamacpp,openvino]
+                              [--work decode,prefill,throughput,prefix] [--repeat 3] [--markdown | --json] [--out FILE]
+
+A peer may be named with a precision (`llamacpp:bf16`), also several times; without one it gets what is usually its fastest at 16 or 32 bits
+on this processor. Every process loads, warms up and does all of the work, so a round of one engine never meets a cache that an earlier one
+filled. Every second round goes through the engines backwards: a machine that slowly gets faster or slower favours none of them.
+The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)  # instead of this folder, whose modules are named after the packages that they drive
+sys.path.insert(1, str(ROOT / "src"))
+
+from bench.peers import prepare, protocol, table  # noqa: E402
+
+from gemel.ops import hardware  # noqa: E402
+
+# What is usually fastest at 16 or 32 bits: with bf16 instructions, and without.
+PRECISIONS = {
+    "gemel": ("bfloat16", "float32"),
+    "transformers": ("bfloat16", "float32"),
+    "vllm": ("bfloat16", "float32"),
+    "llamacpp": ("bf16", "f16"),
+    "openvino": ("fp16", "fp16"),
+}
+
+
+def main() -> int:
+    """Prepare, measure in rounds, print."""
+    args = _arguments()
+    if args.table:
+        print(table.markdown(json.loads(args.table.read_text(encoding="utf-8"))), end="")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        args.workload = args.workload or _built_in(args.model, Path(folder))
+        lines = list(_measure(args))
+    result = _result(args, lines)
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if not args.json:
+        print(table.markdown(result))
+    print(json.dumps(result))
+    return 1 if any("error" in summary for summary in result["variants"].values()) else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", default=",".join(PRECISIONS), help="engines, each optionally as NAME:PRECISION")
+    parser.add_argument("--once", default="", help="of the engines, those that run in the first round only because they are slow")
+    parser.add_argument("--work", default=",".join(protocol.WORK))
+    parser.add_argument("--model", type=Path, help="Hugging Face directory, as `gemel pull` makes one")
+    parser.add_argument("--workload", type=Path, help="default: the small one of `gemel bench`, made to fit the model")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds (default 3)")
+    parser.add_argument("--threads", type=int, default=hardware.cores().usable)
+    parser.add_argument("--venvs", type=Path, default=ROOT / "bench" / "peers" / ".venvs", help="where environments and exports are kept")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds that one process may take (default 3600)")
+    parser.add_argument("--json", action="store_true", help="print only the JSON object")
+    parser.add_argument("--markdown", action="store_true", help="print a table before it (this is the default)")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing: print the table of an earlier --out FILE")
+    args = parser.parse_args()
+    if args.table:
+        return args
+    args.variants, args.once = (_variants(parser, names) for names in (args.peers, args.once))
+    if unknown := [name for name in args.work.split(",") if name not in protocol.WORK]:
+        parser.error(f"there is no work {unknown[0]!r}; there is {', '.join(protocol.WORK)}")
+    if missing := [name for name in args.once if name not in args.variants]:
+        parser.error(f"--once {missing[0]} is not among --peers {','.join(args.variants)}")
+    if args.model is None or not (args.model / "config.json").exists():
+        parser.error("--model must be a Hugging Face directory; `gemel pull` makes one")
+    if args.repeat < 1 or (args.json and args.markdown):
+        parser.error("--repeat must be at least 1, and --json and --markdown exclude each other")
+    args.model, args.venvs = args.model.resolve(), args.venvs.resolve()
+    return args
+
+
+def _variants(parser: argparse.ArgumentParser, names: str) -> list[str]:
+    """`NAME:PRECISION` of each, the precision filled in where it was left out."""
+    variants = []
+    for name in filter(None, names.split(",")):
+        peer, _, precision = name.partition(":")
+        if peer not in PRECISIONS:
+            parser.error(f"there is no peer {peer!r}; there is {', '.join(PRECISIONS)}")
+        variants.append(f"{peer}:{precision or PRECISIONS[peer][0 if hardware.native_bf16() else 1]}")
+    return variants
+
+
+def _built_in(model: Path, folder: Path) -> Path:
+    from gemel.bench import workload
+
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    path = folder / "small.json"
+    path.write_text(workload.dump(workload.small(config["vocab_size"], config["max_position_embeddings"])), encoding="utf-8")
+    return path
+
+
+def _measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """Every line of every runner, with its variant and round. What fails once is not tried again."""
+    prepared = {}
+    failed: set[str] = set()
+    args.venvs.mkdir(parents=True, exist_ok=True)
+    for variant in args.variants:
+        peer, _, precision = variant.partition(":")
+        try:
+            prepared[variant] = (
+                prepare.environment(peer, args.venvs, _say),
+                prepare.model(peer, precision, args.model, args.venvs, _say),
+            )
+        except (subprocess.CalledProcessError, OSError) as error:
+            failed.add(variant)
+            yield {"variant": variant, "round": 0, "measure": "error", "message": f"could not be prepared: {error}"}
+    for number in range(args.repeat):
+        for variant in args.variants if number % 2 == 0 else reversed(args.variants):
+            if variant in failed or (number and variant in args.once):
+                continue
+            load = os.getloadavg()[0]
+            _say(f"round {number + 1} of {args.repeat}: {variant} (load average {load:.1f})")
+            for line in _run(variant, *prepared[variant], args):
+                if line["measure"] == "error":
+                    failed.add(variant)
+                yield {"variant": variant, "round": number, **line}
+            yield {"variant": variant, "round": number, "measure": "before", "load": load}
+
+
+def _run(variant: str, python: Path, model: Path, args: argparse.Namespace) -> Sequence[dict[str, object]]:
+    """One process; what it measured, or what it said last if it failed."""
+    peer, _, precision = variant.partition(":")
+    command = [
+        str(python),
+        "-m",
+        f"bench.peers.{peer}",
+        "--model",
+        str(model),
+        "--workload",
+        str(args.workload.resolve()),
+        "--work",
+        args.work,
+    ]
+    command += ["--precision", precision, "--threads", str(args.threads), "--spawned", str(time.time())]
+    paths = [str(ROOT)] + ([str(ROOT / "src")] if peer == "gemel" else [])
+    # OMP_NUM_THREADS reaches the thread pools that an engine's own setting does not.
+    settings = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=args.timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return [{"measure": "error", "message": f"took more than {args.timeout:.0f} s"}]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        lines.append({"measure": "error", "message": said[-1] if said else f"exit status {done.returncode}", "stderr": said[-30:]})
+    return lines
+
+
+def _result(args: argparse.Namespace, lines: list[dict[str, object]]) -> dict[str, object]:
+    from gemel.bench import machine
+
+    return {
+        "machine": asdict(machine.describe()),
+        "model": args.model.name,
+        "workload": args.workload.stem,
+        "work": args.work.split(","),
+        "rounds": args.repeat,
+        "load": max((float(str(line["load"])) for line in lines if line["measure"] == "before"), default=0.0),
+        "variants": table.summarize(line for line in lines if line["measure"] != "before"),
+        "lines": lines,
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
