@@ -32,6 +32,9 @@ from gemel.engine.schedule import Scheduler
 from gemel.model.build import LoadedModel, load
 
 
+WAIT_S = 0.001  # between looks at a batch that is still being gathered
+
+
 @dataclass(slots=True)
 class _Job:
     """A request that is being worked on."""
@@ -120,6 +123,7 @@ class Engine:
         """Advance every scheduled sequence; returns what was added to each. An error in a step ends the requests in it and no others."""
         plan = self.scheduler.schedule(time.monotonic())
         if not plan.work:
+            time.sleep(WAIT_S)
             return []
         self._counters.steps += 1
         try:
