@@ -27,7 +27,7 @@ class OpenVINO:
         properties = {"INFERENCE_NUM_THREADS": setup.threads, "KV_CACHE_PRECISION": kv}
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(str(setup.model), scheduler, "CPU", properties)
         self._next = 0
-        hint = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT")
+        hint = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
         self.precision = f"{setup.precision} weights, {kv} KV, {hint} arithmetic"
         self.settings: dict[str, object] = {"KV pool GB": KV_GB, "max_num_seqs": scheduler.max_num_seqs, "prefix caching": True}
         self.versions = {"openvino-genai": openvino_genai.__version__, "openvino": openvino.__version__}

@@ -75,6 +75,17 @@ def test_a_preempted_member_rejoins_while_its_batch_runs():
     sim.run()
 
 
+def test_a_batch_that_was_preempted_as_a_whole_is_still_the_batch():
+    sim = Simulation(batching=StaticBatching(batch_size=2))
+    members = [sim.add([start] * 3, 4) for start in range(2)]
+    sim.step()
+    sim.reset()
+    sim.add([9], 3, priority=-1)
+    sim.step()
+    assert sim.scheduler.running == members
+    sim.run()
+
+
 def test_dynamic_batching_starts_when_full():
     sim = Simulation(batching=DynamicBatching(batch_size=2, max_wait_s=10.0))
     sim.add([1, 2], 2)

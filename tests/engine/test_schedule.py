@@ -201,6 +201,14 @@ def test_a_higher_priority_takes_a_running_slot():
     assert plan.preempted == (low[1],) and sim.scheduler.running == [urgent, low[0]]
 
 
+def test_a_higher_priority_does_not_wait_for_a_long_prompt_to_end():
+    sim = Simulation(num_blocks=20, max_step_tokens=8)
+    sim.add([1] * 40, 2, priority=1)
+    sim.step()
+    sim.add([2] * 6, 2, priority=0)
+    assert shares(sim.step()) == [(1, 0, 6, True), (0, 8, 2, False)]
+
+
 def test_an_equal_priority_takes_nothing():
     sim = Simulation(max_running=1)
     sim.add([1, 2], 4)
@@ -218,6 +226,16 @@ def test_a_higher_priority_takes_blocks_but_no_more_than_it_needs():
     urgent = sim.add([9] * 15, 2, priority=0)
     plan = sim.step()
     assert plan.preempted == (low[1],) and urgent.status is Status.RUNNING and low[0].status is Status.RUNNING
+
+
+def test_blocks_promised_to_a_victim_count_as_gain():
+    sim = Simulation(num_blocks=9, max_step_tokens=8)
+    sim.add([1, 2], 5, priority=1)
+    low = sim.add([1] * 20, 3, priority=1)
+    sim.step()
+    assert len(low.blocks) == 2  # of the 5 that its prompt needs
+    sim.add([2] * 19, 2, priority=0)
+    assert sim.step().preempted == (low,)
 
 
 def test_nobody_is_preempted_in_vain():
@@ -395,6 +413,16 @@ def test_three_forks_of_a_partial_block_copy_it_twice():
     sim.fork(parent, 1), sim.fork(parent, 2)
     plan = sim.step()
     assert len(plan.copies) == 2 and len({source for source, _ in plan.copies}) == 1
+    sim.run()
+
+
+def test_a_fork_that_cannot_be_copied_gives_way():
+    sim = Simulation(num_blocks=1, token=lambda sequence: sequence.index)
+    parent = sim.add([1, 2], 2, n=2)
+    sim.step()
+    child = sim.fork(parent, 1)
+    plan = sim.step()
+    assert plan.preempted == (child,) and not plan.copies
     sim.run()
 
 

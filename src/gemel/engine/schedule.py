@@ -22,7 +22,7 @@ Three rules make that safe:
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect, insort
 from collections import Counter
 from collections.abc import Sequence as Run
 from dataclasses import dataclass
@@ -244,14 +244,13 @@ class Scheduler:
     def _slots_used(self) -> int:
         return sum(group.slots for group in self._groups.values() if group.num_running)
 
-    def _demand(self) -> tuple[int, int]:
-        """What running sequences still lack for the tokens they have: (tokens to compute, blocks)."""
-        tokens = blocks = 0
-        blocks_for = self.pool.blocks_for
-        for sequence in self.running:
-            tokens += len(sequence.tokens) - sequence.num_computed
-            blocks += blocks_for(len(sequence.tokens)) - len(sequence.blocks)
-        return tokens, blocks
+    def _tokens_before(self, sequence: Sequence) -> int:
+        """How many tokens the more urgent running sequences have yet to compute: they get theirs first."""
+        return sum(len(other.tokens) - other.num_computed for other in self.running[: bisect(self.running, sequence.order, key=_order)])
+
+    def _promised_blocks(self) -> int:
+        """How many blocks the running sequences still lack for the tokens they have."""
+        return sum(self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks) for sequence in self.running)
 
     def _admit(self, now_s: float) -> list[Sequence]:
         """Move waiting sequences to the running ones, strictly in order: who does not fit holds back those behind it, so nobody starves.
@@ -259,17 +258,16 @@ class Scheduler:
         Returns those that were preempted by a higher priority.
         """
         preempted: list[Sequence] = []
-        tokens, blocks = self._demand()
         for sequence in list(self._policy.choose(Queue(self.waiting, len(self.running), self._added_s, now_s))):
-            if tokens >= self.max_step_tokens or any(victim.order < sequence.order for victim in preempted):
-                break
             slots = self._missing_slots(sequence)
             if slots > 0 and not self._outranks_someone(sequence):
+                break
+            if self._tokens_before(sequence) >= self.max_step_tokens or any(victim.order < sequence.order for victim in preempted):
                 break
             matched = self.pool.match_prefix(sequence.tokens, sequence.request.salt)
             new = self.pool.blocks_for(len(sequence.tokens)) - len(matched)
             revived = sum(self.pool.references(block) == 0 for block in matched)  # counted as free until now
-            short = new + revived + blocks + self._spare(sequence) - self.pool.num_free
+            short = new + revived + self._promised_blocks() + self._spare(sequence) - self.pool.num_free
             if slots > 0 or short > 0:
                 victims = self._victims(sequence, slots, short, set(matched))
                 if not victims:
@@ -277,10 +275,7 @@ class Scheduler:
                 for victim in victims:
                     self._preempt(victim)
                 preempted += victims
-                tokens, blocks = self._demand()
             self._start(sequence, matched)
-            tokens += len(sequence.tokens) - sequence.num_computed
-            blocks += new
         return preempted
 
     def _missing_slots(self, sequence: Sequence) -> int:

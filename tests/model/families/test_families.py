@@ -42,6 +42,36 @@ def test_keys_that_change_nothing_are_fine() -> None:
     assert read(DECODER | noise) == read(DECODER)
 
 
+def test_configurations_as_published() -> None:
+    """The keys of well-known checkpoints, with all the noise that their tools left in them."""
+    smollm = {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu"}
+    smollm |= {"hidden_size": 576, "initializer_range": 0.0417, "intermediate_size": 1536, "is_llama_config": True, "model_type": "llama"}
+    smollm |= {"max_position_embeddings": 8192, "mlp_bias": False, "num_attention_heads": 9, "num_hidden_layers": 30, "pad_token_id": 2}
+    smollm |= {"num_key_value_heads": 3, "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_interleaved": False, "rope_scaling": None}
+    smollm |= {"rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 49152}
+    smollm |= {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "transformers_version": "4.42.3"}
+    assert read(smollm).kv_elements_per_token == 2 * 30 * 3 * 64
+
+    gpt2 = {"activation_function": "gelu_new", "attn_pdrop": 0.1, "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256}
+    gpt2 |= {"initializer_range": 0.02, "layer_norm_epsilon": 1e-5, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12}
+    gpt2 |= {"n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1}
+    gpt2 |= {"summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True, "vocab_size": 50257}
+    gpt2 |= {"task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "_num_labels": 1}
+    assert (read(gpt2).ffn_width, read(gpt2).tied_head) == (3072, True)
+
+    bloom = {"apply_residual_connection_post_layernorm": False, "attention_softmax_in_fp32": True, "bias_dropout_fusion": True}
+    bloom |= {"masked_softmax_fusion": True, "model_type": "bloom", "n_embed": 1024, "n_inner": None, "n_layer": 24, "offset_alibi": 100}
+    bloom |= {"num_attention_heads": 16, "pretraining_tp": 1, "seq_length": 2048, "skip_bias_add": True, "skip_bias_add_qkv": False}
+    bloom |= {"unk_token_id": 0, "vocab_size": 250880, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    assert (read(bloom).head_width, read(bloom).max_positions) == (64, 2048)
+
+    qwen = {"attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 1536, "intermediate_size": 8960, "model_type": "qwen2"}
+    qwen |= {"max_position_embeddings": 131072, "max_window_layers": 21, "num_attention_heads": 12, "num_hidden_layers": 28}
+    qwen |= {"num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10000, "sliding_window": 4096, "tie_word_embeddings": False}
+    qwen |= {"use_mrope": False, "use_sliding_window": False, "vocab_size": 151936}
+    assert read(qwen).windows == () and read(qwen).qkv_bias
+
+
 @pytest.mark.parametrize(
     ("hf", "message"),
     [

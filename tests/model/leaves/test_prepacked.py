@@ -25,7 +25,9 @@ def _packed(in_features: int, out_features: int, bias: bool = False) -> tuple[Li
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_row_is_bitwise_independent_of_how_many_there_are(shape: tuple[int, int], bias: bool) -> None:
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_a_row_is_bitwise_independent_of_how_many_there_are(shape: tuple[int, int], bias: bool, num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
     _, packed = _packed(*shape, bias)
     x = torch.randn(130, shape[0])
     whole = packed(x)
