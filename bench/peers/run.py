@@ -19,8 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)  # instead of this folder, whose modules are named after the packages that they drive
@@ -128,13 +130,34 @@ def _measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         for variant in args.variants if number % 2 == 0 else reversed(args.variants):
             if variant in failed or (number and variant in args.once):
                 continue
-            load = os.getloadavg()[0]
-            _say(f"round {number + 1} of {args.repeat}: {variant} (load average {load:.1f})")
+            _say(f"round {number + 1} of {args.repeat}: {variant}")
+            before = _Clocks.read()
             for line in _run(variant, *prepared[variant], args):
                 if line["measure"] == "error":
                     failed.add(variant)
                 yield {"variant": variant, "round": number, **line}
-            yield {"variant": variant, "round": number, "measure": "before", "load": load}
+            yield {"variant": variant, "round": number, "measure": "others", "cpu_share": _Clocks.read().others_since(before)}
+
+
+@dataclass(frozen=True)
+class _Clocks:
+    """Seconds since some start: of the wall, of all processors while busy or taken away by a hypervisor, and of our ended children."""
+
+    wall_s: float
+    busy_s: float
+    own_s: float
+
+    @classmethod
+    def read(cls) -> _Clocks:
+        times, own = psutil.cpu_times(), os.times()
+        idle_s = times.idle + getattr(times, "iowait", 0.0)
+        counted_twice_s = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+        return cls(time.perf_counter(), sum(times) - idle_s - counted_twice_s, own.children_user + own.children_system)
+
+    def others_since(self, before: _Clocks) -> float:
+        """The share of the machine's processor time that went to anything else. Above a few hundredths, figures say little."""
+        others_s = (self.busy_s - before.busy_s) - (self.own_s - before.own_s)
+        return max(others_s, 0.0) / ((self.wall_s - before.wall_s) * (os.cpu_count() or 1))
 
 
 def _run(variant: str, python: Path, model: Path, args: argparse.Namespace) -> Sequence[dict[str, object]]:
@@ -177,8 +200,7 @@ def _result(args: argparse.Namespace, lines: list[dict[str, object]]) -> dict[st
         "workload": args.workload.stem,
         "work": args.work.split(","),
         "rounds": args.repeat,
-        "load": max((float(str(line["load"])) for line in lines if line["measure"] == "before"), default=0.0),
-        "variants": table.summarize(line for line in lines if line["measure"] != "before"),
+        "variants": table.summarize(lines),
         "lines": lines,
     }
 

@@ -102,8 +102,14 @@ def _machine(result: Mapping[str, object]) -> str:
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {memory_gb:.0f} GB, {isa}; {machine['system']}. "
         f"Model {result['model']}, workload {result['workload']}, {result['rounds']} rounds; "
-        f"load average before each process at most {result['load']:.1f}."
+        f"at most {_others(result):.0%} of the processors' time went to anything else."
     )
+
+
+def _others(result: Mapping[str, object]) -> float:
+    summaries: Mapping[str, Summary] = result["variants"]  # type: ignore[assignment]
+    shares = [summary["figures"]["others.cpu_share"]["max"] for summary in summaries.values() if "others.cpu_share" in summary["figures"]]  # type: ignore[index, operator]
+    return max(shares, default=0.0)
 
 
 def _note(variant: str, summary: Summary) -> str:

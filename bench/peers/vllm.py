@@ -14,10 +14,10 @@ MAX_CONTEXT = 4096
 
 
 class VLLM:
-    """Eager mode: on the small models of this comparison compilation changed little but the start, which it made a minute longer."""
+    """Eager mode, which starts without compiling. One process, so that its memory and start are counted as those of the others."""
 
     def __init__(self, setup: protocol.Setup):
-        # Read when vllm is imported. Multiprocessing is off so that start, memory and steps are those of one process, as for the others.
+        # Read when vllm is imported.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(KV_GIB)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))[: setup.threads]))

@@ -86,6 +86,8 @@ def lines():
     plan = {"decode": {"decode_tokens_per_s": 40.0}, "prefill": {"prefill512_tokens_per_s": 2500.0, "prefill512_ttft_s": 0.2}}
     yield line("b:x", 0, "plan", figures=plan, read_bytes_per_s=30e9, flops_per_s=150e9)
     yield line("c:x", 0, "decode", tokens_per_s=1.0, tokens=[1, 3])
+    yield line("a:x", 0, "others", cpu_share=0.01)
+    yield line("b:x", 0, "others", cpu_share=0.034)
     yield line("c:x", 0, "error", message="no such instruction", stderr=[])
 
 
@@ -94,7 +96,6 @@ RESULT = {
     "model": "m",
     "workload": "w",
     "rounds": 3,
-    "load": 0.1,
     "variants": table.summarize(lines()),
 }
 
@@ -111,6 +112,7 @@ def test_another_answer_is_noticed():
 def test_the_table_says_what_was_measured_planned_and_refused():
     text = table.markdown(RESULT).splitlines()
     assert text[0].startswith("Abacus, 2 cores, 24 GB, beads; Wood 1.")
+    assert text[0].endswith("3 rounds; at most 3% of the processors' time went to anything else.")
     assert text[2] == "| engine | decode, one stream, tokens/s | prefill 512, tokens/s | prefill 2048, tokens/s |"
     assert text[4] == "| a:x | 20.0 (10.0-30.0) | 2,000 | 1,000 |"
     assert text[5] == "| b:x | 100 (50.0-150) |  |  |"
