@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from gemel.model.build import LoadedModel
-from gemel.model.model import Model
 
 from gemel.config.model import GELU, Alibi, LayerNorm, Learned, ModelConfig, Rope
+from gemel.model.build import LoadedModel
+from gemel.model.model import Model
 
 _BASE = ModelConfig(
     family="llama",

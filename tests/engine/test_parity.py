@@ -7,15 +7,15 @@ import random
 
 import pytest
 import torch
-from gemel.model.attend import PackedAttend
-from gemel.model.build import LoadedModel
-from gemel.model.leaves.prepacked import prepack
 
 from gemel.config.engine import EngineConfig
 from gemel.config.sampling import SamplingParams
 from gemel.engine.attend import KVCache, PagedAttend
 from gemel.engine.engine import Engine
 from gemel.engine.request import Request, Scheduled, Sequence
+from gemel.model.attend import PackedAttend
+from gemel.model.build import LoadedModel
+from gemel.model.leaves.prepacked import prepack
 from tests import tiny
 from tests.tolerance import assert_close
 

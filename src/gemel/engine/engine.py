@@ -31,7 +31,6 @@ from gemel.engine.sample import Row, adjust, sample
 from gemel.engine.schedule import Scheduler
 from gemel.model.build import LoadedModel, load
 
-
 WAIT_S = 0.001  # between looks at a batch that is still being gathered
 
 
