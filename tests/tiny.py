@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from gemel.model.build import LoadedModel
-from gemel.model.model import Model
 
 from gemel.config.model import GELU, Alibi, LayerNorm, Learned, ModelConfig, Rope
+from gemel.model.build import LoadedModel
+from gemel.model.model import Model
 
 _BASE = ModelConfig(
     family="llama",
@@ -35,7 +35,7 @@ CONFIGS: dict[str, ModelConfig] = {
 EOS = 96
 
 
-def build(kind: str = "gqa", seed: int = 0) -> LoadedModel:
+def build(kind: str = "gqa", seed: int = 0, device: str = "cpu") -> LoadedModel:
     """A model of that kind with random weights, the same for the same seed."""
     config = CONFIGS[kind]
     generator = torch.Generator().manual_seed(seed)
@@ -46,7 +46,7 @@ def build(kind: str = "gqa", seed: int = 0) -> LoadedModel:
                 parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
             else:
                 parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
-    return LoadedModel(model.requires_grad_(False), config, Path("tiny"), (EOS,), None)
+    return LoadedModel(model.requires_grad_(False).to(device), config, Path("tiny"), (EOS,), None)
 
 
 def documents(*lengths: int, seed: int = 1) -> list[list[int]]:

@@ -81,7 +81,7 @@ def field(config: type[BaseModel], path: str) -> tuple[object, object]:
         assert len(defaults) == 1, "one flag cannot stand for two defaults"
         return members[0].model_fields[name].annotation, defaults.pop()
     info = config.model_fields[path]
-    return info.annotation, info.default
+    return info.annotation, info.get_default(call_default_factory=True)
 
 
 @pytest.mark.parametrize(("table", "config"), TABLES, ids=["engine", "sampling", "server"])

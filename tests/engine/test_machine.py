@@ -13,19 +13,27 @@ from tests.engine.simulation import Simulation
 BATCHING = st.sampled_from(
     [ContinuousBatching(), ContinuousBatching(), StaticBatching(batch_size=2), DynamicBatching(batch_size=3, max_wait_s=2.0)]
 )
-PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=14)  # two token ids, so that prefixes are often equal
-MAX_CONTEXT = 18
+MAX_CONTEXT = 32
+STORIES = ([1] * 20, [1, 1, 1, 1, 1, 1, 1, 0] * 3, [1, 1, 1, 0] * 5)
+REQUESTS = st.tuples(
+    st.tuples(st.sampled_from(STORIES), st.integers(1, 20)).map(lambda cut: cut[0][: cut[1]]),
+    st.integers(1, 16),  # new tokens
+    st.integers(-2, 2),  # priority
+    st.sampled_from(["", "", "", "tenant"]),
+    st.sampled_from([1, 1, 2, 3]),  # samples
+    st.sampled_from([None, None, None, 2, 3]),  # beams
+)  # prompts often share a prefix, and so do prompts with outputs
 
 
 class Machine(RuleBasedStateMachine):
     """Adds, steps, forks, aborts and resets. Every step checks the plan and reads back every position of every running sequence."""
 
     @initialize(
-        num_blocks=st.integers(2, 12),
-        block_tokens=st.integers(1, 4),
-        max_running=st.integers(1, 5),
+        num_blocks=st.integers(6, 14),
+        block_tokens=st.integers(2, 4),
+        max_running=st.integers(1, 6),
         extra_tokens=st.integers(0, 12),
-        max_waiting=st.integers(0, 6),
+        max_waiting=st.integers(0, 8),
         batching=BATCHING,
         prefix_cache=st.sampled_from([True, True, True, False]),
     )
@@ -47,19 +55,15 @@ class Machine(RuleBasedStateMachine):
     def living(self) -> list[Sequence]:
         return self.sim.scheduler.waiting + self.sim.scheduler.running
 
-    @rule(
-        prompt=PROMPTS,
-        max_new=st.integers(1, 8),
-        priority=st.sampled_from([0, 0, 1, -1]),
-        salt=st.sampled_from(["", "", "tenant"]),
-        n=st.integers(1, 3),
-        beams=st.sampled_from([None, None, 2, 3]),
-    )
-    def add(self, prompt, max_new, priority, salt, n, beams):
-        sim = self.sim
-        sequence = sim.sequence(prompt, max_new, priority=priority, salt=salt, n=1 if beams else n, beam_width=beams)
-        blocks = -(-sequence.max_total // sim.pool.block_tokens) * (beams or 1)
-        possible = blocks <= sim.pool.num_blocks and (beams or n) <= sim.config.max_running
+    @rule(burst=st.lists(REQUESTS, min_size=1, max_size=6))
+    def add(self, burst):
+        for prompt, max_new, priority, salt, n, beams in burst:
+            self.add_one(self.sim.sequence(prompt, max_new, priority=priority, salt=salt, n=1 if beams else n, beam_width=beams))
+
+    def add_one(self, sequence):
+        sim, params = self.sim, sequence.request.params
+        blocks = -(-sequence.max_total // sim.pool.block_tokens) * (params.beam_width or 1)
+        possible = blocks <= sim.pool.num_blocks and (params.beam_width or params.n) <= sim.config.max_running
         try:
             sim.scheduler.add(sequence, sim.now_s)
         except RequestError:
@@ -69,27 +73,20 @@ class Machine(RuleBasedStateMachine):
         else:
             assert possible
 
-    @rule(elapsed_s=st.sampled_from([0.0, 0.5, 3.0]))
-    def step(self, elapsed_s):
-        self.advance(elapsed_s, None)
-
     @precondition(lambda self: self.living)
-    @rule(data=st.data())
-    def abort_during_a_step(self, data):
-        victim = data.draw(st.sampled_from(self.living))
-        self.advance(0.0, victim)
-
-    @rule(num_steps=st.integers(2, 6))
-    def steps(self, num_steps):
+    @rule(num_steps=st.integers(1, 6), elapsed_s=st.sampled_from([0.0, 0.5, 3.0]))
+    def step(self, num_steps, elapsed_s):
         for _ in range(num_steps):
-            self.advance(1.0, None)
+            self.advance(elapsed_s, None)
 
-    @precondition(lambda self: self.living)
-    @rule(data=st.data())
-    def abort(self, data):
+    @precondition(lambda self: len(self.living) > 2)
+    @rule(data=st.data(), during_a_step=st.booleans())
+    def abort(self, data, during_a_step):
         victim = data.draw(st.sampled_from(self.living))
-        self.sim.scheduler.abort(victim)
+        if during_a_step:
+            self.advance(0.0, victim)
         self.sim.scheduler.abort(victim)  # a second abort, or one that comes late, changes nothing
+        self.advance_beams()  # it may have been the one that its siblings were held for
 
     @precondition(lambda self: any(self.can_fork(sequence) for sequence in self.living))
     @rule(data=st.data())
@@ -100,6 +97,7 @@ class Machine(RuleBasedStateMachine):
         for index in range(1, parent.request.params.n):
             self.sim.fork(parent, index)
 
+    @precondition(lambda self: self.sim.pool.num_used and self.sim.num_computed_tokens > 60 * (1 + self.sim.weights))
     @rule()
     def reset(self):
         self.sim.reset()
@@ -140,13 +138,17 @@ class Machine(RuleBasedStateMachine):
         for item in plan.work:
             if item.samples and item.sequence.status is Status.RUNNING and item.sequence.request.params.beam_width is None:
                 sim.append(item.sequence)
-        for request_id in {item.sequence.request.id for item in plan.work if item.sequence.request.params.beam_width is not None}:
-            self.advance_beams([sequence for sequence in self.living if sequence.request.id == request_id])
+        self.advance_beams()
         sim.check()
 
-    def advance_beams(self, beams: list[Sequence]) -> None:
-        """When all beams have sampled: the last one dies, the first is forked in its place, all grow."""
-        if not beams or any(beam.num_computed < len(beam.tokens) for beam in beams):
+    def advance_beams(self) -> None:
+        beams = [sequence for sequence in self.living if sequence.request.params.beam_width is not None]
+        for request_id in sorted({beam.request.id for beam in beams}):
+            self.advance_together([beam for beam in beams if beam.request.id == request_id])
+
+    def advance_together(self, beams: list[Sequence]) -> None:
+        """When all beams of a request have sampled: the last one dies, the first is forked in its place, all grow."""
+        if any(beam.num_computed < len(beam.tokens) for beam in beams):
             return
         width = beams[0].request.params.beam_width
         beams = sorted(beams, key=lambda beam: beam.index)
@@ -161,7 +163,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+TestMachine.settings = settings(max_examples=150, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,31 +7,34 @@ import random
 
 import pytest
 import torch
-from gemel.model.attend import PackedAttend
-from gemel.model.build import LoadedModel
-from gemel.model.leaves.prepacked import prepack
 
 from gemel.config.engine import EngineConfig
 from gemel.config.sampling import SamplingParams
 from gemel.engine.attend import KVCache, PagedAttend
 from gemel.engine.engine import Engine
 from gemel.engine.request import Request, Scheduled, Sequence
+from gemel.model.attend import PackedAttend
+from gemel.model.build import LoadedModel
+from gemel.model.leaves.prepacked import prepack
 from tests import tiny
 from tests.tolerance import assert_close
 
 KINDS = list(tiny.CONFIGS)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def packed_logits(loaded: LoadedModel, docs: list[list[int]]) -> torch.Tensor:
-    tokens_T = torch.tensor(list(itertools.chain(*docs)))
-    positions_T = torch.cat([torch.arange(len(doc)) for doc in docs])
+    device = loaded.model.embed.weight.device
+    tokens_T = torch.tensor(list(itertools.chain(*docs)), device=device)
+    positions_T = torch.cat([torch.arange(len(doc), device=device) for doc in docs])
     starts = tuple(itertools.accumulate((len(doc) for doc in docs), initial=0))
     return loaded.model.head(loaded.model(tokens_T, positions_T, PackedAttend(loaded.config, starts)))
 
 
 def paged_logits(loaded: LoadedModel, docs: list[list[int]], chunk: int, block_tokens: int = 8) -> torch.Tensor:
     """Logits of every position, computed in steps: chunks of `chunk` tokens of all documents together, the last ones token by token."""
-    cache = KVCache(loaded.config, 64, block_tokens, torch.float32, torch.device("cpu"))
+    device = loaded.model.embed.weight.device
+    cache = KVCache(loaded.config, 64, block_tokens, torch.float32, device)
     blocks = random.Random(0).sample(range(64), 64)
     sequences = [Sequence(Request(str(i), tuple(doc)), 0, i, list(doc), 256) for i, doc in enumerate(docs)]
     for sequence in sequences:
@@ -44,8 +47,8 @@ def paged_logits(loaded: LoadedModel, docs: list[list[int]], chunk: int, block_t
             num_new = 1 if left <= 5 else min(chunk, left - 5)
             if left:
                 work.append(Scheduled(s, s.num_computed, num_new, num_new == left))
-        tokens_T = torch.tensor([t for w in work for t in w.sequence.tokens[w.start : w.start + w.num_new]])
-        positions_T = torch.tensor([p for w in work for p in range(w.start, w.start + w.num_new)])
+        tokens_T = torch.tensor([t for w in work for t in w.sequence.tokens[w.start : w.start + w.num_new]], device=device)
+        positions_T = torch.tensor([p for w in work for p in range(w.start, w.start + w.num_new)], device=device)
         hidden_TD = loaded.model(tokens_T, positions_T, PagedAttend(loaded.config, cache, work))
         for w, rows in zip(work, loaded.model.head(hidden_TD).split([w.num_new for w in work]), strict=True):
             out[int(w.sequence.request.id)].append(rows)
@@ -55,9 +58,10 @@ def paged_logits(loaded: LoadedModel, docs: list[list[int]], chunk: int, block_t
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [1, 3, 50])
+@pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
-def test_chunked_prefill_and_batched_decode_over_scattered_blocks_equal_packed(kind: str, chunk: int) -> None:
-    loaded = tiny.build(kind)
+def test_chunked_prefill_and_batched_decode_over_scattered_blocks_equal_packed(kind: str, chunk: int, device: str) -> None:
+    loaded = tiny.build(kind, device=device)
     docs = tiny.documents(23, 5, 41, 1, 12, 30)
     assert_close(paged_logits(loaded, docs, chunk), packed_logits(loaded, docs), "fp32_reorder")
 
@@ -99,23 +103,24 @@ def run(engine: Engine, requests: list[Request]) -> dict[tuple[str, int], list[i
     return tokens
 
 
-def small_engine(kind: str, num_blocks: int | None = None, **changes: object) -> Engine:
+def small_engine(kind: str, num_blocks: int | None = None, device: str = "cpu", **changes: object) -> Engine:
     config = EngineConfig.parse(
         {"dtype": "float32", "block_tokens": 8, "max_context": 128, "max_running": 8, "max_step_tokens": 16, **changes}
     )
     if num_blocks:
         per_block = KVCache.bytes_per_block(tiny.CONFIGS[kind], 8, torch.float32)
         config = config.model_copy(update={"kv_bytes": num_blocks * per_block})
-    return Engine(tiny.build(kind), config)
+    return Engine(tiny.build(kind, device=device), config)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("num_blocks", "prefix_cache"), [(None, False), (None, True), (16, False), (16, True)])
-def test_engine_greedy_equals_naive_greedy(kind: str, num_blocks: int | None, prefix_cache: bool) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_engine_greedy_equals_naive_greedy(kind: str, num_blocks: int | None, prefix_cache: bool, device: str) -> None:
     """With and without prefix hits, with enough blocks and with so few that sequences are preempted."""
     shared, *tails = tiny.documents(21, 4, 9, 1, 17)
     prompts = [shared + tail for tail in tails] + [shared + tails[0], tails[3]]
-    engine = small_engine(kind, num_blocks, prefix_cache=prefix_cache)
+    engine = small_engine(kind, num_blocks, device, prefix_cache=prefix_cache)
     params = SamplingParams(temperature=0.0, max_tokens=30)
     requests = [Request(str(i), tuple(prompt), params) for i, prompt in enumerate(prompts)]
     tokens = run(engine, requests)

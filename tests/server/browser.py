@@ -71,7 +71,7 @@ class Page:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    async def until(self, expression: str, limit_s: float = 15.0) -> None:
+    async def until(self, expression: str, limit_s: float = 30.0) -> None:
         """Wait until the expression is true; the limit only ends a test that has failed already."""
         try:
             async with asyncio.timeout(limit_s):

@@ -19,6 +19,7 @@ FIRST_BYTE = 3
 
 class FakeTokenizer:
     vocab_size = 256 + FIRST_BYTE
+    shows_tools = True
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         return [byte + FIRST_BYTE for byte in text.encode()]
@@ -30,7 +31,7 @@ class FakeTokenizer:
         return bytes(token - FIRST_BYTE for token in ids if token >= FIRST_BYTE).decode("utf-8", "replace")
 
     def render_chat(self, messages, tools=None, add_generation_prompt=True, continue_final_message=False) -> list[int]:
-        ids: list[int] = self.encode(f"tools:{[t['function']['name'] for t in tools]}") if tools else []
+        ids: list[int] = self.encode(f"tools:{[t['function']['name'] for t in tools]}") if tools and self.shows_tools else []
         for message in messages:
             ids += [1, *self.encode(f"{message['role']}: {message['content']}"), 2]
         if continue_final_message:

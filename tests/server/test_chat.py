@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 
 import httpx
 import pytest
@@ -155,18 +157,52 @@ async def test_messages_reach_the_template(llm: FakeLLM) -> None:
     ]
     rendered = []
     original = llm.tokenizer.render_chat
-    llm.tokenizer.render_chat = lambda messages, **kw: rendered.append((messages, kw)) or original(messages, **kw)  # type: ignore[method-assign]
+    llm.tokenizer.render_chat = lambda *args: rendered.append(args) or original(*args)  # type: ignore[method-assign]
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"default": None}}}}}
     async with in_process(llm) as client:
         for choice, want in (("auto", [tool]), ("none", None)):
             response = await client.post("/v1/chat/completions", json={"messages": turns, "tools": [tool], "tool_choice": choice})
             assert response.status_code == 200, response.text
-            messages, kw = rendered.pop()
-            assert kw["tools"] == want
+            messages, tools, *_ = rendered[0]
+            assert tools == want
+            rendered.clear()
     assert messages[0] == {"role": "system", "content": "Be brief."}
     assert messages[1] == {"role": "user", "content": "one two", "name": "ann"}
     assert messages[2] == {"role": "assistant", "content": "", "tool_calls": [call | {"function": {"name": "f", "arguments": {"a": 1}}}]}
     assert messages[3] == {"role": "tool", "content": "3", "tool_call_id": "c1"}
+
+
+async def test_tools_that_the_template_does_not_show_are_refused(llm: FakeLLM) -> None:
+    llm.tokenizer.shows_tools = False
+    tool = {"type": "function", "function": {"name": "f"}}
+    async with in_process(llm) as client:
+        for path, body in (("/v1/chat/completions", user(tools=[tool])), ("/tokenize", user(tools=[tool]))):
+            response = await client.post(path, json=body)
+            assert response.status_code == 400 and response.json()["error"]["param"] == "tools"
+        assert (await client.post("/v1/chat/completions", json=user(tools=[tool], tool_choice="none"))).status_code == 200
+        assert (await client.post("/v1/chat/completions", json=user(tools=[]))).status_code == 200
+
+
+async def test_tokenizing_does_not_hold_up_the_others(llm: FakeLLM) -> None:
+    """Rendering and encoding wait for an answer to another request; on the event loop that would never come."""
+    answered = threading.Event()
+
+    def patient(original):
+        def call(*args, **kwargs):
+            assert answered.wait(10)
+            return original(*args, **kwargs)
+
+        return call
+
+    llm.tokenizer.encode, llm.tokenizer.render_chat = patient(llm.tokenizer.encode), patient(llm.tokenizer.render_chat)  # type: ignore[method-assign]
+    async with in_process(llm) as client:
+        for path, body in (("/v1/chat/completions", user()), ("/v1/completions", {"prompt": "x"}), ("/tokenize", {"prompt": "x"})):
+            answered.clear()
+            asking = asyncio.create_task(client.post(path, json=body))
+            await asyncio.sleep(0.02)
+            assert (await client.get("/health")).status_code == 200
+            answered.set()
+            assert (await asking).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gemel.config.server import ServerConfig
+from gemel.server.protocol import REFUSED, ChatBody, CompletionBody, Message
 from tests.server.conftest import MODEL, in_process, listening, user
 from tests.server.fake_llm import FakeLLM
 
@@ -76,6 +80,8 @@ async def test_wrong_values_name_their_field(llm: FakeLLM, field: str) -> None:
         ({"temprature": 1}, "'temperature'"),
         ({"max_token": 1}, "'max_tokens'"),
         ({"messages": [{"role": "user", "contents": "x"}]}, "'content'"),
+        ({"messages": [{"role": "user"}]}, "needs 'content'"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "needs 'content'"),
         ({"best_of": 2}, "use n"),
         ({"functions": []}, "use tools"),
         ({"store": True}, "nothing is stored"),
@@ -183,6 +189,52 @@ async def test_bodies_that_are_not_json(llm: FakeLLM, name: str) -> None:
         error = error_of(await client.post(CHAT, content=INVALID_JSON[name], headers={"content-type": "application/json"}))
         assert error["code"] == "invalid_json" and error["type"] == "invalid_request_error"
         assert (await client.post(CHAT, json=user())).status_code == 200
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def fuzz(path: str, bodies: st.SearchStrategy[dict]) -> None:
+    """Whatever `bodies` makes is answered or refused in the error shape, and the next good request works."""
+
+    @settings(max_examples=120, deadline=None)
+    @given(body=bodies)
+    def one(body: dict) -> None:
+        async def ask() -> None:
+            llm = FakeLLM()
+            async with in_process(llm) as client:
+                response = await client.post(path, content=json.dumps(body).encode())
+                if response.status_code != 200:
+                    assert response.status_code in (400, 404), response.text
+                    error_of(response, response.status_code)
+                assert (await client.post(CHAT, json=user())).status_code == 200
+            assert not llm.running
+
+        asyncio.run(ask())
+
+    one()
+
+
+def test_fuzzed_chats() -> None:
+    field = st.sampled_from(sorted({*ChatBody.model_fields, *REFUSED}))
+    fuzz(CHAT, st.builds(lambda fields: user() | fields, st.dictionaries(field, JSON, min_size=1, max_size=3)))
+
+
+def test_fuzzed_messages() -> None:
+    field = st.sampled_from(sorted(Message.model_fields))
+    known = st.sampled_from(["user", "assistant", "text", "function", "", "x"])
+    message = st.dictionaries(field, JSON | known, max_size=4)
+    fuzz(CHAT, st.builds(lambda turns: {"messages": turns}, st.lists(message, max_size=3)))
+
+
+def test_fuzzed_completions() -> None:
+    prompt = JSON | st.lists(st.integers(-5, 300), max_size=5) | st.lists(st.lists(st.integers(0, 300), max_size=3), max_size=3)
+    field = st.sampled_from(sorted(CompletionBody.model_fields))
+    fuzz("/v1/completions", st.builds(lambda fields, p: fields | {"prompt": p}, st.dictionaries(field, JSON, max_size=2), prompt))
 
 
 async def test_a_nul_is_a_character(llm: FakeLLM) -> None:

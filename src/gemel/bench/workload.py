@@ -76,8 +76,8 @@ def _parse(data: Mapping[str, object], path: Path) -> Workload:
     for key, jobs in lists.items():
         if match := _PREFILL.fullmatch(key):
             prefill.setdefault(int(match[1]), []).extend(jobs)
-    for length, jobs in prefill.items():
-        if wrong := {len(job.prompt) for job in jobs} - {length}:
+    for length, alike in prefill.items():
+        if wrong := {len(job.prompt) for job in alike} - {length}:
             raise ConfigError(f"workload {path}: prefill{length} has prompts of {sorted(wrong)} tokens; its name says {length}")
     return Workload(
         name=path.stem,

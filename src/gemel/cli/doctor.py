@@ -54,13 +54,14 @@ def table(found: list[Finding]) -> str:
     """The report for people."""
     lines: list[str] = []
     section = ""
+    width = max(len(finding.name) for finding in found)
     for finding in found:
         if finding.section != section:
             section = finding.section
             lines += ["", section] if lines else [section]
-        lines.append(f"{MARKS[finding.state]} {finding.name:<16} {finding.value}")
+        lines.append(f"{MARKS[finding.state]} {finding.name:<{width}}  {finding.value}")
         if finding.advice:
-            lines.append(f"  {'':<16} -> {finding.advice}")
+            lines.append(f"  {'':<{width}}  -> {finding.advice}")
     return "\n".join(lines)
 
 
@@ -113,7 +114,7 @@ def fast_paths() -> Iterator[Finding]:
     simd = torch.backends.cpu.get_cpu_capability()
     yield Finding("fast paths", "vector code", "off" if simd in ("DEFAULT", "NO AVX") else "on", f"PyTorch uses {simd}")
     yield from _choice(
-        torch.backends.mkldnn.is_available(),
+        torch._C._has_mkldnn,
         "prepacked linear",
         ("oneDNN packs the weights once, at start-up", "this PyTorch has no oneDNN: weights are read unpacked"),
         "install a PyTorch wheel from PyPI; builds without oneDNN are rare",

@@ -13,6 +13,7 @@ from gemel.cli import flags, model
 
 if TYPE_CHECKING:
     from gemel.config.sampling import SamplingParams
+    from gemel.llm.offline import Completion
 
 HELP = "complete a prompt, or a file of prompts"
 EXAMPLE = (
@@ -59,8 +60,27 @@ def run(args: argparse.Namespace) -> int:
     prompts = [llm.tokenizer.render_chat(job.messages) if job.prompt is None else job.prompt for job in jobs]  # type: ignore[arg-type]
     done = llm.generate(prompts, [job.params for job in jobs], progress=len(jobs) > 1)
     for completion in done:
-        print(json.dumps(completion.as_json(), ensure_ascii=False) if args.json else completion.text, flush=True)
-    return 0
+        if args.json:
+            print(json.dumps(completion.as_json(), ensure_ascii=False))
+        else:
+            print_outputs(completion, headed=len(jobs) > 1 or len(completion.outputs) > 1)
+    return report_errors(done)
+
+
+def print_outputs(completion: Completion, headed: bool) -> None:
+    """The texts of one prompt's outputs; with several texts on the screen, each under a line that says whose it is."""
+    for number, output in enumerate(completion.outputs, 1):
+        if headed:
+            print(f"--- prompt {completion.index + 1}, output {number}")
+        print(output.text)
+
+
+def report_errors(done: list[Completion]) -> int:
+    """Name on stderr what was refused or failed; 2 if anything was."""
+    failed = {completion.index: output.error for completion in done for output in completion.outputs if output.error}
+    for index, error in failed.items():
+        print(f"gemel: prompt {index + 1}: {error}" if len(done) > 1 else f"gemel: {error}", file=sys.stderr)
+    return 2 if failed else 0
 
 
 def read_jobs(args: argparse.Namespace, given: dict[str, object]) -> list[Job]:

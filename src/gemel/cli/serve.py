@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import socket
 import sys
 from collections.abc import Iterable
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     config = ServerConfig.parse(values)
     engine = model.engine_config(args)
     path = model.find(args)
-    check_address(config)
+    config = config.model_copy(update={"port": free_port(config)})
 
     print(f"loading {path}", file=sys.stderr, flush=True)
     from gemel.llm.online import AsyncLLM
@@ -53,14 +54,13 @@ def run(args: argparse.Namespace) -> int:
 
 def banner(name: str, config: ServerConfig, derived: Iterable[Derived]) -> str:
     """What was decided and why, where to look, and one request to copy."""
-    lines = [f"model     {name}", *(f"{each.name:<9} {each.value}: {each.reason}" for each in derived)]
-    if config.port == 0:
-        return "\n".join(lines)
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, f"[{config.host}]" if ":" in config.host else config.host)
     url = f"http://{host}:{config.port}"
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_key else ""
     body = '{"messages": [{"role": "user", "content": "What is a gemel ring?"}]}'
-    lines += [
+    lines = [
+        f"model     {name}",
+        *(f"{each.name:<9} {each.value}: {each.reason}" for each in derived),
         f"page      {url}",
         f"api       {url}/v1",
         f"try       curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
@@ -68,8 +68,8 @@ def banner(name: str, config: ServerConfig, derived: Iterable[Derived]) -> str:
     return "\n".join(lines)
 
 
-def check_address(config: ServerConfig) -> None:
-    """Fail now, not after the model has been loaded, if the address cannot be listened on."""
+def free_port(config: ServerConfig) -> int:
+    """The port to listen on, chosen now if it is 0. What cannot be listened on is an error before the model is loaded, not after."""
     from gemel.config.errors import ConfigError
 
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
@@ -78,7 +78,6 @@ def check_address(config: ServerConfig) -> None:
         try:
             probe.bind((config.host, config.port))
         except OSError as error:
-            way_out = (
-                "--port 0 takes a free one" if config.host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::") else "give another --host"
-            )
+            way_out = "--port 0 takes a free one" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "give another --host"
             raise ConfigError(f"cannot listen on {config.host} port {config.port}: {error.strerror or error}; {way_out}") from None
+        return int(probe.getsockname()[1])

@@ -19,6 +19,7 @@ MAX_LOGIT_BIAS = 1024
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 
 
 class SamplingParams(Config):
@@ -51,9 +52,7 @@ class SamplingParams(Config):
     repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: Annotated[
-        dict[NonNegativeInt, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=MAX_LOGIT_BIAS, default_factory=dict)
-    ]
+    logit_bias: Annotated[dict[NonNegativeInt, Bias], Field(max_length=MAX_LOGIT_BIAS)] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...], Field(max_length=MAX_STOPS)] = ()
     stop_token_ids: Annotated[tuple[NonNegativeInt, ...], Field(max_length=MAX_STOPS)] = ()

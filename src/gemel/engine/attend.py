@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,9 +36,8 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device):
         self.block_tokens = block_tokens
-        self.data = torch.zeros(
-            (config.num_layers, 2, config.num_kv_heads, num_blocks, block_tokens, config.head_width), dtype=dtype, device=device
-        )
+        shape = (config.num_layers, 2, config.num_kv_heads, num_blocks, block_tokens, config.head_width)
+        self.data = _untouched_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         self._scratch = [self.data.new_empty(0), self.data.new_empty(0)]
 
     @staticmethod
@@ -45,8 +45,8 @@ class KVCache:
         """Memory of one block over all layers, in bytes."""
         return config.kv_elements_per_token * block_tokens * dtype.itemsize
 
-    def gather(self, layer: int, side: int, blocks_F: Tensor) -> Tensor:
-        """The blocks of one side (0 keys, 1 values) of a layer, [K, tokens, H]. Valid until the next call for the same side.
+    def gather(self, layer: int, side: int, blocks_F: Tensor, num_sequences: int = 1) -> Tensor:
+        """Blocks of one side (0 keys, 1 values) of a layer, [K, sequences, tokens, H]. Valid until the next call for the same side.
 
         The memory is reused: fresh memory of this size costs as much in page faults as the gathering itself.
         """
@@ -55,7 +55,8 @@ class KVCache:
         num = shape[0] * shape[1] * shape[2] * shape[3]
         if self._scratch[side].numel() < num:
             self._scratch[side] = source.new_empty(num)
-        return torch.index_select(source, 1, blocks_F, out=self._scratch[side][:num].view(shape)).flatten(1, 2)
+        gathered = torch.index_select(source, 1, blocks_F, out=self._scratch[side][:num].view(shape))
+        return gathered.view(shape[0], num_sequences, -1, shape[3])
 
     def copy(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to), before a shared block is written."""
@@ -117,18 +118,18 @@ class PagedAttend:
                 k_CKH, v_CKH = k_TKH[rows], v_TKH[rows]
             else:
                 context = stretch.start + stretch.num_new
-                k_CKH, v_CKH = (self.cache.gather(layer, side, blocks)[:, :context].transpose(0, 1) for side in (0, 1))
+                k_CKH, v_CKH = (self.cache.gather(layer, side, blocks)[:, 0, :context].transpose(0, 1) for side in (0, 1))
             out_TNH[rows] = ops.attention(q_TNH[rows], k_CKH, v_CKH, window=window, bias=bias)
         return out_TNH
 
     def _decode(self, layer: int, batch: _DecodeBatch, q_TNH: Tensor, out_TNH: Tensor) -> None:
         num, folded = len(batch.rows_B), (self.config.num_kv_heads, self.group, self.config.head_width)
         q_KBGH = q_TNH.index_select(0, batch.rows_B).view(num, *folded).transpose(0, 1)
-        k_KBLH = self.cache.gather(layer, 0, batch.blocks_F).unflatten(1, (num, -1))
+        k_KBLH = self.cache.gather(layer, 0, batch.blocks_F, num)
         score_KBGL = torch.matmul(q_KBGH * self.config.head_width**-0.5, k_KBLH.transpose(-1, -2))
         if batch.bias_KBGL is not None:
             score_KBGL += batch.bias_KBGL
-        v_KBLH = self.cache.gather(layer, 1, batch.blocks_F).unflatten(1, (num, -1))
+        v_KBLH = self.cache.gather(layer, 1, batch.blocks_F, num)
         mixed_KBGH = torch.matmul(torch.softmax(score_KBGL, -1, dtype=torch.float32).to(v_KBLH.dtype), v_KBLH)
         out_TNH.index_copy_(0, batch.rows_B, mixed_KBGH.transpose(0, 1).reshape(num, self.config.num_heads, self.config.head_width))
 
@@ -177,6 +178,11 @@ class PagedAttend:
 
     def _tensor(self, values: Seq[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.cache.data.device)
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory until they are written: NumPy asks the system for zero pages where torch would fill them."""
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _stretches(work: Seq[Scheduled]) -> list[_Stretch]:

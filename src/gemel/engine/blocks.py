@@ -200,7 +200,7 @@ class BlockPool:
         self._check_order()
 
     def _check_order(self) -> None:
-        """Every registered block's predecessor is registered, and is evicted after it."""
+        """Every registered block's predecessor is registered, and stays so for longer."""
         age = {block: place for place, block in enumerate(self._cached)}
         for block in self._registered.values():
             entry = self._sealed[block]
@@ -209,10 +209,8 @@ class BlockPool:
                 continue
             assert entry.parent in self._registered, "a block outlived its predecessor"
             before = self._registered[entry.parent]
-            if block in age:
-                assert before not in age or age[before] > age[block], "a block would be evicted before one that continues it"
-            else:
-                assert before not in age or entry.parent in self._twins, "a used block's predecessor has no owner"
+            if before in age and entry.parent not in self._twins:  # else it is in use, or would be replaced by a block that is
+                assert block in age and age[before] > age[block], "a block would be evicted before one that continues it"
 
     def _find(self, digest: bytes, parent: bytes, depth: int, packed: bytes) -> int | None:
         block = self._registered.get(digest)

@@ -31,6 +31,8 @@ from gemel.engine.sample import Row, adjust, sample
 from gemel.engine.schedule import Scheduler
 from gemel.model.build import LoadedModel, load
 
+WAIT_S = 0.001  # between looks at a batch that is still being gathered
+
 
 @dataclass(slots=True)
 class _Job:
@@ -120,6 +122,7 @@ class Engine:
         """Advance every scheduled sequence; returns what was added to each. An error in a step ends the requests in it and no others."""
         plan = self.scheduler.schedule(time.monotonic())
         if not plan.work:
+            time.sleep(WAIT_S)
             return []
         self._counters.steps += 1
         try:
@@ -212,7 +215,8 @@ class Engine:
     def _append(self, sequence: Sequence, token: int | None, logprob: TokenLogprob | None) -> Output:
         """Give a sequence its next token, and end it where it must end."""
         job = self._jobs[sequence.request.id]
-        reason, added, stop_token, error = None, (), None, None
+        reason, stop_token, error = None, None, None
+        added: tuple[int, ...] = ()
         if token is None:
             reason, error = FinishReason.ERROR, "the model produced logits that are not finite"
         elif token in job.end_tokens:

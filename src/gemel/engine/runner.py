@@ -42,7 +42,8 @@ class Runner:
         self.cache.copy(plan.copies)
         tokens_T, positions_T, sampled_S = _flatten(plan, self.device)
         hidden_TD = self.model(tokens_T, positions_T, PagedAttend(self.config, self.cache, plan.work))
-        return self.model.head(hidden_TD.index_select(0, sampled_S)).float()
+        logits_SV: Tensor = self.model.head(hidden_TD.index_select(0, sampled_S))
+        return logits_SV.float()
 
 
 def _flatten(plan: StepPlan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ Three rules make that safe:
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect, insort
 from collections import Counter
 from collections.abc import Sequence as Run
 from dataclasses import dataclass
@@ -34,7 +34,10 @@ from gemel.engine.batch import Queue, policy
 from gemel.engine.blocks import BlockPool
 from gemel.engine.request import Scheduled, Sequence, Status, StepPlan
 
-SPARE_BLOCKS = 0.01  # of the pool stays free when a sequence joins others, so that their next blocks do not preempt it at once
+# This part of the pool stays free when a sequence joins others, so that their next blocks do not preempt it at once. Simulated with 200
+# requests of 50-200 prompt and 50-300 output tokens on 300 blocks of 16: against none, 5% saves 16% of the computed tokens for 2% more
+# steps; 20% saves 23% for 15% more.
+SPARE_BLOCKS = 0.05
 
 
 @dataclass(slots=True)
@@ -241,14 +244,13 @@ class Scheduler:
     def _slots_used(self) -> int:
         return sum(group.slots for group in self._groups.values() if group.num_running)
 
-    def _demand(self) -> tuple[int, int]:
-        """What running sequences still lack for the tokens they have: (tokens to compute, blocks)."""
-        tokens = blocks = 0
-        blocks_for = self.pool.blocks_for
-        for sequence in self.running:
-            tokens += len(sequence.tokens) - sequence.num_computed
-            blocks += blocks_for(len(sequence.tokens)) - len(sequence.blocks)
-        return tokens, blocks
+    def _tokens_before(self, sequence: Sequence) -> int:
+        """How many tokens the more urgent running sequences have yet to compute: they get theirs first."""
+        return sum(len(other.tokens) - other.num_computed for other in self.running[: bisect(self.running, sequence.order, key=_order)])
+
+    def _promised_blocks(self) -> int:
+        """How many blocks the running sequences still lack for the tokens they have."""
+        return sum(self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks) for sequence in self.running)
 
     def _admit(self, now_s: float) -> list[Sequence]:
         """Move waiting sequences to the running ones, strictly in order: who does not fit holds back those behind it, so nobody starves.
@@ -256,18 +258,16 @@ class Scheduler:
         Returns those that were preempted by a higher priority.
         """
         preempted: list[Sequence] = []
-        tokens, blocks = self._demand()
         for sequence in list(self._policy.choose(Queue(self.waiting, len(self.running), self._added_s, now_s))):
-            if tokens >= self.max_step_tokens:
-                break
             slots = self._missing_slots(sequence)
             if slots > 0 and not self._outranks_someone(sequence):
+                break
+            if self._tokens_before(sequence) >= self.max_step_tokens or any(victim.order < sequence.order for victim in preempted):
                 break
             matched = self.pool.match_prefix(sequence.tokens, sequence.request.salt)
             new = self.pool.blocks_for(len(sequence.tokens)) - len(matched)
             revived = sum(self.pool.references(block) == 0 for block in matched)  # counted as free until now
-            spare = self._spare_blocks if self.running else 0
-            short = new + revived + blocks + spare - self.pool.num_free
+            short = new + revived + self._promised_blocks() + self._spare(sequence) - self.pool.num_free
             if slots > 0 or short > 0:
                 victims = self._victims(sequence, slots, short, set(matched))
                 if not victims:
@@ -275,15 +275,17 @@ class Scheduler:
                 for victim in victims:
                     self._preempt(victim)
                 preempted += victims
-                tokens, blocks = self._demand()
             self._start(sequence, matched)
-            tokens += len(sequence.tokens) - sequence.num_computed
-            blocks += new
         return preempted
 
     def _missing_slots(self, sequence: Sequence) -> int:
         group = self._groups[sequence.request.id]
         return 0 if group.num_running else self._slots_used() + group.slots - self.max_running
+
+    def _spare(self, sequence: Sequence) -> int:
+        """Blocks to leave free. None for a sequence that will be alone with its siblings: `add` saw to it that those fit, but only just."""
+        group = self._groups[sequence.request.id]
+        return 0 if group.num_running == len(self.running) else self._spare_blocks
 
     def _outranks_someone(self, sequence: Sequence) -> bool:
         return bool(self.running) and self.running[-1].request.priority > sequence.request.priority
@@ -329,11 +331,8 @@ class Scheduler:
         copies: list[tuple[int, int]] = []
         preempted: list[Sequence] = []
         budget = self.max_step_tokens
-        set_aside = _num_decoding(running)
-        place = 0
-        while place < len(running):
-            sequence = running[place]
-            place += 1
+        set_aside = sum(len(sequence.tokens) - sequence.num_computed == 1 for sequence in running)
+        for sequence in running:  # which meanwhile loses sequences, but only behind this one
             start = sequence.num_computed
             missing = len(sequence.tokens) - start
             set_aside -= missing == 1
@@ -342,10 +341,7 @@ class Scheduler:
                 continue
             blocks = sequence.blocks
             if start + num_new > len(blocks) * size or (start % size and pool.references(blocks[start // size]) > 1):
-                robbed = self._make_room(sequence)
-                if robbed:
-                    preempted += robbed
-                    set_aside = _num_decoding(running[place:])
+                preempted += self._make_room(sequence)
                 num_new = self._take_blocks(sequence, num_new, copies)
                 if num_new == 0:
                     continue  # stalled: everyone else is more urgent and has the rest
@@ -415,8 +411,3 @@ class Scheduler:
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:
     return sequence.order
-
-
-def _num_decoding(sequences: Run[Sequence]) -> int:
-    """How many of them lack just one token."""
-    return sum(len(sequence.tokens) - sequence.num_computed == 1 for sequence in sequences)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gemel.config.engine import EngineConfig
 from gemel.engine.request import FinishReason, Output, Request
+from gemel.llm import store
 from gemel.llm.text import Delta, RequestText
 from gemel.tokenizer.tokenizer import Tokenizer
 
@@ -26,11 +27,12 @@ Deltas = list[tuple[str, Delta]]  # with the id of the request
 
 
 def load(model: str | Path, config: EngineConfig | None) -> tuple[Engine, Tokenizer]:
-    """The engine and the tokenizer of the checkpoint at `model` (Hugging Face directory or GGUF file)."""
+    """The engine and the tokenizer of `model`: a Hugging Face directory, a GGUF file, or the name of an embedded model."""
+    path = store.resolve(model)
+    tokenizer = Tokenizer.load(path)  # first: it is quick, and a mistake in the path shows at once
     from gemel.engine.engine import Engine
 
-    tokenizer = Tokenizer.load(model)  # first: it is quick, and a mistake in the path shows at once
-    return Engine.load(model, config), tokenizer
+    return Engine.load(path, config), tokenizer
 
 
 class TextEngine:

@@ -48,7 +48,7 @@ class AsyncLLM:
 
     @classmethod
     def load(cls, model: str | Path, config: EngineConfig | None = None) -> Self:
-        """From a Hugging Face directory or a GGUF file. Raises CheckpointError, UnsupportedError or ConfigError."""
+        """From a path or an embedded model's name. Raises CheckpointError, UnsupportedError or ConfigError."""
         return cls(*load(model, config))
 
     @property

@@ -80,6 +80,7 @@ class TextStream:
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = (), min_tokens: int = 0):
         self._detokenizer = detokenizer
         self._automata = [_StopAutomaton(text) for text in sorted(stop, key=len, reverse=True)]
+        self._first_characters = frozenset(text[0] for text in stop)
         self._min_tokens = min_tokens
         self._held = ""
         self.stop: str | None = None
@@ -106,6 +107,8 @@ class TextStream:
 
     def _read(self, new: str) -> str:
         """Append `new`; the text that can be given out now."""
+        if not self._held and self._first_characters.isdisjoint(new):
+            return new  # no stop string is going on and none begins: nearly always
         for position, character in enumerate(new):
             complete = [automaton.stop for automaton in self._automata if automaton.step(character)]
             if complete and self.num_tokens >= self._min_tokens:

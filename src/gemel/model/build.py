@@ -146,8 +146,8 @@ def _check_tied(checkpoint: Checkpoint, model: Model, dtype: torch.dtype) -> Non
 
 def _read(checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype) -> Tensor:
     """One of our tensors, in memory of its own: pages of a mapped file would change under us when the file does."""
-    tensor = weight.form.join([checkpoint.read(name).to(dtype) for name in weight.parts])
-    tensor = tensor.clone(memory_format=torch.contiguous_format) if len(weight.parts) == 1 else tensor
+    tensor = weight.form.join([checkpoint.read(name) for name in weight.parts])
+    tensor = tensor.to(dtype, copy=len(weight.parts) == 1, memory_format=torch.contiguous_format)
     low, high = torch.aminmax(tensor)
     if not (low.isfinite() and high.isfinite()):
         raise CheckpointError(f"{checkpoint.path}: {' or '.join(weight.parts)} holds NaN or infinity as {DTYPES[dtype]}; fetch it again")

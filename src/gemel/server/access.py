@@ -23,6 +23,7 @@ log = logging.getLogger("gemel.access")
 
 CLIENT_GONE = 499  # nginx's number for a client that left before the answer; never sent, only logged
 _KEY = "gemel.record"
+_ROUTINE = ("/health", "/metrics", "/stats", "/web/")  # polled, or files of the page: their good answers are not worth a line each
 
 
 @dataclass(slots=True)
@@ -118,4 +119,5 @@ class AccessLog:
                 record.status = CLIENT_GONE
             self.metrics.saw_response(scope["path"], record.status or CLIENT_GONE)
             method = scope.get("method", "WEBSOCKET")
-            log.info("%s", record.line(method, scope["path"]))
+            level = logging.DEBUG if scope["path"].startswith(_ROUTINE) and record.status == 200 else logging.INFO
+            log.log(level, "%s", record.line(method, scope["path"]))

@@ -25,6 +25,8 @@ from gemel.server.protocol import ChatBody, CompletionBody
 from gemel.server.service import Job, Service
 from gemel.server.stream import EventStream, unless_gone
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make a new one for every token
+
 
 @dataclass(slots=True)
 class Choice:
@@ -102,7 +104,7 @@ async def events(service: Service, job: Job, shape: Shape, record: Record, with_
 
 def sse(value: dict[str, object]) -> bytes:
     """One server-sent event. JSON on one line holds no newline, so one `data:` line is enough."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _ENCODER.encode(value).encode() + b"\n\n"
 
 
 def usage(record: Record) -> dict[str, object]:

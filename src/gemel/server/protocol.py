@@ -100,7 +100,7 @@ class Message(Body):
     """One turn. The fields that are always null or empty here are those that OpenAI's own answers carry and clients send back."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] = ""
+    content: str | list[TextPart] | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
@@ -120,9 +120,18 @@ class Message(Body):
                 )
         return content
 
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and self.tool_calls is None:
+            raise PydanticCustomError("no_content", "a message needs 'content', or 'tool_calls' of an assistant")
+        if self.tool_calls is not None and self.role != "assistant":
+            raise PydanticCustomError("no_content", "'tool_calls' belong to messages of an assistant")
+        return self
+
     def for_template(self) -> dict[str, JsonValue]:
         """As chat templates expect it: `developer` is OpenAI's newer word for `system`, call arguments are an object."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        parts = [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content or []
+        content = "".join(part.text for part in parts)
         turn: dict[str, JsonValue] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.name is not None:
             turn["name"] = self.name
@@ -356,7 +365,7 @@ def _explain(errors: list[ErrorDetails], renamed: dict[str, str] | None = None) 
         return ApiError(400, message)
     if first["type"] == "missing":
         return ApiError(400, f"{param!r} is required.", param=param, code="missing_field")
-    if first["type"] in ("not_text", "forced_tool", "prompt_kind"):
+    if first["type"] in ("not_text", "no_content", "forced_tool", "prompt_kind"):
         return ApiError(400, f"{param}: {message}", param=param, code="unsupported_value")
     return ApiError(400, f"{param} = {_shown(first['input'])}: {message}", param=param, code="invalid_value")
 

@@ -79,17 +79,22 @@ class Service:
     async def render(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None, add_generation_prompt: bool, continue_final: bool
     ) -> list[int]:
-        """A conversation as prompt ids."""
+        """A conversation as prompt ids. Tools that the model's template does not show are refused: the model would not know of them."""
         if continue_final and messages[-1].role != "assistant":
             message = f"'continue_final_message' continues what the assistant said, but the last message is from {messages[-1].role!r}."
             raise ApiError(400, message, param="messages")
-        return await asyncio.to_thread(
-            self.llm.tokenizer.render_chat,
-            [message.for_template() for message in messages],
-            tools=[tool.model_dump(exclude_none=True) for tool in tools] if tools else None,
-            add_generation_prompt=add_generation_prompt and not continue_final,
-            continue_final_message=continue_final,
-        )
+        turns = [message.for_template() for message in messages]
+        shown = [tool.model_dump(exclude_none=True) for tool in tools or ()]
+
+        def rendered(with_tools: bool) -> list[int]:
+            opens = add_generation_prompt and not continue_final
+            return self.llm.tokenizer.render_chat(turns, shown if with_tools else None, opens, continue_final)
+
+        ids = await asyncio.to_thread(rendered, bool(shown))
+        if shown and ids == await asyncio.to_thread(rendered, False):
+            message = "the chat template of this model does not show tools to it; remove 'tools', or set 'tool_choice' to 'none'"
+            raise ApiError(400, message, param="tools", code="unsupported_value")
+        return ids
 
     def job(self, prompts: Sequence[Sequence[int]], params: SamplingParams, body: ChatBody | CompletionBody, param: str) -> Job:
         """Checked against the limits of model and server. `param` is where the caller put the prompt."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from gemel.config.errors import CheckpointError
 from gemel.tokenizer.tokenizer import NAMED, Tokenizer
@@ -30,7 +31,7 @@ def load(path: Path) -> Tokenizer:
 def save(tokenizer: Tokenizer, directory: Path) -> None:
     """Write what `load` and transformers read back."""
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.library.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(_pipeline(tokenizer).to_str(pretty=True), encoding="utf-8")
     config: Json = {
         # a class of transformers for one family would rebuild the pipeline from the vocabulary; this one takes it as it is
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -45,6 +46,17 @@ def save(tokenizer: Tokenizer, directory: Path) -> None:
         file = directory / "chat_template.jinja" if name == "default" else directory / "additional_chat_templates" / f"{name}.jinja"
         file.parent.mkdir(exist_ok=True)
         file.write_text(source, encoding="utf-8")
+
+
+def _pipeline(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The library's tokenizer, with a post-processor that puts BOS where `tokenizer` does; transformers heeds nothing else."""
+    library, bos = tokenizer.library, tokenizer.named.get("bos_token")
+    if (library.encode("").ids[:1] == [tokenizer.bos_id]) == tokenizer.add_bos:
+        return library
+    library = tokenizers.Tokenizer.from_str(library.to_str())
+    single = f"{bos} $A" if tokenizer.add_bos else "$A"
+    library.post_processor = TemplateProcessing(single=single, special_tokens=[(bos, tokenizer.bos_id)])
+    return library
 
 
 def _write_json(file: Path, value: Json) -> None:

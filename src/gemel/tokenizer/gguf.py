@@ -23,10 +23,10 @@ from gguf.gguf_reader import READER_SUPPORTED_VERSIONS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from gemel.config.errors import CheckpointError, UnsupportedError
+from gemel.tokenizer.tokenizer import SPACE
 
 Value = int | float | bool | str | list[int] | list[float] | list[bool] | list[str]
 
-SPACE = "\u2581"  # SentencePiece writes a space as this character
 _SCALARS = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",

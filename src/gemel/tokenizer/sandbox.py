@@ -87,24 +87,31 @@ def _answer(**reply: str) -> None:
     sys.stdout.buffer.flush()
 
 
+def _reason(error: Exception, memory_bytes: int) -> str:
+    if isinstance(error, MemoryError):
+        return f"it needed more than the limit of {memory_bytes >> 20} MiB of memory"
+    line = getattr(error, "lineno", None)
+    return (str(error) or type(error).__name__) + (f" (line {line})" if line else "")
+
+
 def main() -> None:
     """Answer until standard input ends."""
     setup = json.loads(sys.stdin.buffer.readline())
-    try:
-        template = compile_template(setup["template"])
-    except Exception as error:
-        _answer(error=f"{error} (line {getattr(error, 'lineno', '?')})")
-        return
     _limit_memory(setup["memory_bytes"])
+    signal.setitimer(signal.ITIMER_PROF, setup["cpu_s"])
+    try:
+        template = compile_template(setup["template"])  # under the limits: it evaluates constant expressions
+    except Exception as error:
+        _answer(error=_reason(error, setup["memory_bytes"]))
+        return
     _answer()
+    signal.setitimer(signal.ITIMER_PROF, 0)
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, setup["cpu_s"])
         try:
             _answer(text=render(template, json.loads(line), setup["max_chars"]))
-        except MemoryError:
-            _answer(error=f"it needed more than the limit of {setup['memory_bytes'] >> 20} MiB of memory")
         except Exception as error:
-            _answer(error=str(error) or type(error).__name__)
+            _answer(error=_reason(error, setup["memory_bytes"]))
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 

@@ -3,7 +3,8 @@
 A token is a run of bytes (`Tokenizer.token_bytes`), not of characters: one emoji may be spread over four tokens. So
 text is made by joining bytes and decoding UTF-8 incrementally, which holds back the bytes of an unfinished character,
 costs O(1) per token however long the sequence is, and gives by construction what decoding the whole gives. (The usual
-way, decoding a window of ids twice per token and comparing, is fifty times slower and wrong for runs of invalid bytes.)
+way, decoding a window of ids twice per token and comparing, takes twice as long, and its window grows with every run of
+invalid bytes.)
 """
 
 from __future__ import annotations

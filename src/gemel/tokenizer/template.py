@@ -42,7 +42,7 @@ class ChatTemplate:
         with self._lock:
             reply = self._ask(self._running(), line)
         if "error" in reply:
-            raise RequestError(f"the chat template refused the messages: {reply['error']}", param="messages")
+            raise RequestError(f"the chat template failed on these messages: {reply['error']}", param="messages")
         return reply["text"]
 
     def _running(self) -> subprocess.Popen[bytes]:
@@ -50,16 +50,17 @@ class ChatTemplate:
             return self._process
         script = str(Path(__file__).with_name("sandbox.py"))
         # -P: the folder of the script must not become a place to import from; an own process group: Ctrl-C is for the parent alone
-        self._process = subprocess.Popen([sys.executable, "-P", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
-        weakref.finalize(self, _end, self._process)
+        process = subprocess.Popen([sys.executable, "-P", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
+        weakref.finalize(self, _end, process)
         setup = {"template": self.source, "cpu_s": CPU_S, "memory_bytes": MEMORY_BYTES, "max_chars": MAX_CHARS}
-        reply = self._ask(self._process, json.dumps(setup).encode() + b"\n")
+        reply = self._ask(process, json.dumps(setup).encode() + b"\n")
         if "error" in reply:
-            _end(self._process)
+            _end(process)
             raise CheckpointError(
                 f"the chat template does not compile: {reply['error']}; correct it, or remove it and send prompts as text"
             )
-        return self._process
+        self._process = process
+        return process
 
     def _ask(self, process: subprocess.Popen[bytes], line: bytes) -> dict[str, str]:
         assert process.stdin is not None
@@ -73,14 +74,11 @@ class ChatTemplate:
         if answer:
             reply: dict[str, str] = json.loads(answer)
             return reply
-        _end(process)
         self._process = None
+        _end(process)
         if process.returncode == -signal.SIGPROF:
-            raise RequestError(
-                f"the chat template ran longer than the limit of {CPU_S:g} s of CPU time and was ended; correct the template",
-                param="messages",
-            )
-        raise RequestError(f"the process that renders the chat template ended with code {process.returncode}; try again", param="messages")
+            return {"error": f"it ran longer than the limit of {CPU_S:g} s of CPU time and was ended"}
+        return {"error": f"its process ended with code {process.returncode}"}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

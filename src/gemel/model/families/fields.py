@@ -13,7 +13,7 @@ from gemel.config.errors import CheckpointError, UnsupportedError
 
 # Keys that change no logit: training noise, bookkeeping, defaults of other tools.
 _NEUTRAL = """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout attn_pdrop
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels architectures attention_dropout attn_pdrop
     bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout cross_attention_hidden_size
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout id2label initializer_range

@@ -19,6 +19,7 @@ def config(hf: Mapping[str, object]) -> ModelConfig:
     fields = Fields(hf, "qwen2")
     settings = llama.decoder(fields)
     settings |= {"qkv_bias": True, "windows": windows(fields, settings["num_layers"])}
+    fields.only("use_mrope", False)
     fields.finish()
     return ModelConfig.parse(settings)
 
