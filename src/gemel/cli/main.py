@@ -21,6 +21,11 @@ from gemel import __version__
 
 VERBS = ("pull", "serve", "chat", "generate", "bench", "doctor")
 
+# torch's OpenMP threads spin about a second's worth of loops at every barrier before they sleep. On a machine that somebody else uses too, the
+# thread that is waited for does not get its core while the other spins, and a step takes ten times as long. So many loops are some
+# microseconds. Read when torch is loaded; whoever has set it keeps it.
+SPIN_COUNT = "10000"
+
 
 class Verb(Protocol):
     """What a module of this room offers. `HELP` is one line, `EXAMPLE` one or more commands that work as they stand."""
@@ -87,6 +92,7 @@ def overview() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the entry point of the `gemel` command."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     try:
         return _dispatch(argv)
     except BrokenPipeError:

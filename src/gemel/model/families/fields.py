@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 from gemel.config.errors import CheckpointError, UnsupportedError
 
-# Keys that change no logit: training noise, bookkeeping, defaults of other tools.
+# Keys that change no logit: training noise, bookkeeping, defaults of other tools. Those that start with _ are bookkeeping, too.
 _NEUTRAL = """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels architectures attention_dropout attn_pdrop
+    architectures attention_dropout attn_pdrop
     bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout cross_attention_hidden_size
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout id2label initializer_range
@@ -99,7 +99,7 @@ class Fields:
 
     def finish(self) -> None:
         """Refuse the keys that nobody took."""
-        self.drop(*_NEUTRAL.split())
+        self.drop(*_NEUTRAL.split(), *(name for name in self._left if name.startswith("_")))
         for name in ("is_decoder", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"):
             self.only(name, False)
         for name, reason in _REFUSED.items():
