@@ -31,8 +31,6 @@ from gemel.engine.sample import Row, adjust, sample
 from gemel.engine.schedule import Scheduler
 from gemel.model.build import LoadedModel, load
 
-WAIT_S = 0.001  # between looks at a batch that is still being gathered
-
 
 @dataclass(slots=True)
 class _Job:
@@ -122,7 +120,6 @@ class Engine:
         """Advance every scheduled sequence; returns what was added to each. An error in a step ends the requests in it and no others."""
         plan = self.scheduler.schedule(time.monotonic())
         if not plan.work:
-            time.sleep(WAIT_S)
             return []
         self._counters.steps += 1
         try:

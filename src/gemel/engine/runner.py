@@ -7,7 +7,6 @@ printed.
 
 from __future__ import annotations
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from gemel.engine.place import Derived
 from gemel.engine.request import StepPlan
 from gemel.model.build import LoadedModel
 from gemel.model.leaves.prepacked import prepack
+from gemel.ops import hardware
 
 KV_SHARE = 0.25  # of free memory, when nothing was asked for
 KV_MOST_BYTES = 4 * GIB  # more is only taken when asked for
@@ -68,7 +68,7 @@ def _num_blocks(
     if config.kv_bytes is not None:
         num_blocks, reason = config.kv_bytes // per_block, "kv_bytes was set"
     else:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else hardware.memory().available_bytes
         limit = int(free * (0.9 if device.type == "cuda" else KV_SHARE))
         limit = limit if device.type == "cuda" else min(limit, KV_MOST_BYTES)
         num_blocks = min(enough, limit // per_block)
