@@ -21,8 +21,8 @@ from gemel import __version__
 
 VERBS = ("pull", "serve", "chat", "generate", "bench", "doctor")
 
-# torch's OpenMP threads spin about a second's worth of loops at every barrier before they sleep. On a machine that somebody else uses too, the
-# thread that is waited for does not get its core while the other spins, and a step takes ten times as long. So many loops are some
+# torch's OpenMP threads spin about a second's worth of loops at every barrier before they sleep. On a machine that somebody else uses too,
+# the thread that is waited for does not get its core while the other spins, and a step takes ten times as long. So many loops are some
 # microseconds. Read when torch is loaded; whoever has set it keeps it.
 SPIN_COUNT = "10000"
 
