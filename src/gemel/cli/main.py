@@ -21,9 +21,9 @@ from gemel import __version__
 
 VERBS = ("pull", "serve", "chat", "generate", "bench", "doctor")
 
-# torch's OpenMP threads spin for a long time at every barrier before they sleep. On a machine that somebody else uses too, the thread that is
-# waited for does not get its core while the other spins, and a step takes ten times as long. So many loops are some microseconds. The variable
-# is read when torch is loaded; whoever has set it keeps it.
+# torch's OpenMP threads spin for a long time at every barrier before they sleep. On a machine that somebody else uses too, the thread that
+# is waited for does not get its core while the other spins, and a step takes ten times as long. So many loops are some microseconds. The
+# variable is read when torch is loaded; whoever has set it keeps it.
 SPIN_COUNT = "10000"
 
 
