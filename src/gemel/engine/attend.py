@@ -45,18 +45,23 @@ class KVCache:
         """Memory of one block over all layers, in bytes."""
         return config.kv_elements_per_token * block_tokens * dtype.itemsize
 
-    def gather(self, layer: int, side: int, blocks_F: Tensor, num_sequences: int = 1) -> Tensor:
+    def rows(self, blocks: Seq[int]) -> Tensor:
+        """Where these blocks lie when a side of a layer is seen as rows of one kv head's block each, [K * blocks]."""
+        num_kv_heads, num_blocks = self.data.shape[2:4]
+        first_K1 = torch.arange(num_kv_heads, device=self.data.device)[:, None] * num_blocks
+        return (first_K1 + torch.tensor(blocks, device=self.data.device)).flatten()
+
+    def gather(self, layer: int, side: int, rows: Tensor, num_sequences: int = 1) -> Tensor:
         """Blocks of one side (0 keys, 1 values) of a layer, [K, sequences, tokens, H]. Valid until the next call for the same side.
 
         The memory is reused: fresh memory of this size costs as much in page faults as the gathering itself.
         """
-        source = self.data[layer, side]
-        shape = (source.shape[0], len(blocks_F), *source.shape[2:])
-        num = shape[0] * shape[1] * shape[2] * shape[3]
+        source = self.data[layer, side].flatten(0, 1).flatten(1)
+        num = len(rows) * source.shape[1]
         if self._scratch[side].numel() < num:
             self._scratch[side] = source.new_empty(num)
-        gathered = torch.index_select(source, 1, blocks_F, out=self._scratch[side][:num].view(shape))
-        return gathered.view(shape[0], num_sequences, -1, shape[3])
+        gathered = torch.index_select(source, 0, rows, out=self._scratch[side][:num].view(len(rows), -1))
+        return gathered.view(self.data.shape[2], num_sequences, -1, self.data.shape[5])
 
     def copy(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to), before a shared block is written."""
@@ -80,7 +85,7 @@ class _DecodeBatch:
     """Sequences that decode one token each, padded to a common number of blocks."""
 
     rows_B: Tensor
-    blocks_F: Tensor  # B * blocks per sequence, flat
+    cache_rows: Tensor  # of the sequences' blocks, see KVCache.rows
     bias_KBGL: (
         Tensor | None
     )  # broadcast over K and G unless positions are ALiBi; added to scores: -inf where a key is not visible; None when all are
@@ -101,7 +106,7 @@ class PagedAttend:
         windows = {config.window(layer) for layer in range(config.num_layers)}
         self.batches = {window: self._decode_batches(window) for window in windows}
         self.biases = {window: [self._causal_bias(s, window) for s in self.longer] for window in windows}
-        self.context_blocks = [self._tensor(s.blocks) for s in self.longer]
+        self.context_rows = [cache.rows(s.blocks) for s in self.longer]
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Write k and v of the step's tokens, then attend: q [T, N, H], k and v [T, K, H] -> [T, N, H]."""
@@ -112,24 +117,24 @@ class PagedAttend:
         window = self.config.window(layer)
         for batch in self.batches[window]:
             self._decode(layer, batch, q_TNH, out_TNH)
-        for stretch, blocks, bias in zip(self.longer, self.context_blocks, self.biases[window], strict=True):
+        for stretch, cache_rows, bias in zip(self.longer, self.context_rows, self.biases[window], strict=True):
             rows = slice(stretch.first, stretch.first + stretch.num_new)
             if stretch.start == 0:
                 k_CKH, v_CKH = k_TKH[rows], v_TKH[rows]
             else:
                 context = stretch.start + stretch.num_new
-                k_CKH, v_CKH = (self.cache.gather(layer, side, blocks)[:, 0, :context].transpose(0, 1) for side in (0, 1))
+                k_CKH, v_CKH = (self.cache.gather(layer, side, cache_rows)[:, 0, :context].transpose(0, 1) for side in (0, 1))
             out_TNH[rows] = ops.attention(q_TNH[rows], k_CKH, v_CKH, window=window, bias=bias)
         return out_TNH
 
     def _decode(self, layer: int, batch: _DecodeBatch, q_TNH: Tensor, out_TNH: Tensor) -> None:
         num, folded = len(batch.rows_B), (self.config.num_kv_heads, self.group, self.config.head_width)
         q_KBGH = q_TNH.index_select(0, batch.rows_B).view(num, *folded).transpose(0, 1)
-        k_KBLH = self.cache.gather(layer, 0, batch.blocks_F, num)
+        k_KBLH = self.cache.gather(layer, 0, batch.cache_rows, num)
         score_KBGL = torch.matmul(q_KBGH * self.config.head_width**-0.5, k_KBLH.transpose(-1, -2))
         if batch.bias_KBGL is not None:
             score_KBGL += batch.bias_KBGL
-        v_KBLH = self.cache.gather(layer, 1, batch.blocks_F, num)
+        v_KBLH = self.cache.gather(layer, 1, batch.cache_rows, num)
         mixed_KBGH = torch.matmul(torch.softmax(score_KBGL, -1, dtype=torch.float32).to(v_KBLH.dtype), v_KBLH)
         out_TNH.index_copy_(0, batch.rows_B, mixed_KBGH.transpose(0, 1).reshape(num, self.config.num_heads, self.config.head_width))
 
@@ -161,7 +166,9 @@ class PagedAttend:
         position_BL = self._tensor([first_block[s.first] * size for s, _ in batch])[:, None] + self._tensor(range(width * size))
         start_B1 = self._tensor([s.start for s, _ in batch])[:, None]
         visible_BL = (position_BL <= start_B1) & (position_BL >= self._tensor([self._first_visible(s, window) for s, _ in batch])[:, None])
-        return _DecodeBatch(self._tensor([s.first for s, _ in batch]), self._tensor(flat), self._bias(visible_BL, start_B1 - position_BL))
+        return _DecodeBatch(
+            self._tensor([s.first for s, _ in batch]), self.cache.rows(flat), self._bias(visible_BL, start_B1 - position_BL)
+        )
 
     def _bias(self, visible_BL: Tensor, distance_BL: Tensor) -> Tensor | None:
         if self.slopes_N is None and bool(visible_BL.all()):
