@@ -49,6 +49,11 @@ class EngineConfig(Config):
     prefix_cache        reuse blocks of equal prefixes
     cache_salt          starts the hash chain: engines or tenants with different salts share nothing
     threads             intra-op threads; None takes the physical cores that this process may use
+    weights             auto keeps them as the checkpoint stores them; int8 (per channel) and int4 (per group) round to nearest on loading
+    weight_group        elements of a row that share a scale in int4; None takes 32
+    activations         of products with low-bit weights: int8 rounds them, one scale per 32 elements; full leaves them as they are
+    kv                  type of keys and values; auto takes the compute type
+    kernels             native runs whole steps in compiled code, torch never does; auto takes native where it can, and says why not
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -63,6 +68,11 @@ class EngineConfig(Config):
     prefix_cache: bool = True
     cache_salt: str = ""
     threads: PositiveInt | None = None
+    weights: Literal["auto", "int8", "int4"] = "auto"
+    weight_group: Literal[32, 64, 128] | None = None
+    activations: Literal["int8", "full"] = "int8"
+    kv: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    kernels: Literal["auto", "native", "torch"] = "auto"
 
     @model_validator(mode="after")
     def _budget_serves_everyone(self) -> EngineConfig:
@@ -70,5 +80,13 @@ class EngineConfig(Config):
             raise ValueError(
                 f"max_step_tokens = {self.max_step_tokens} is less than max_running = {self.max_running}: "
                 "running sequences could not all advance; raise the first or lower the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _group_has_a_use(self) -> EngineConfig:
+        if self.weight_group is not None and self.weights != "int4":
+            raise ValueError(
+                f"weight_group = {self.weight_group} has no effect with weights = {self.weights!r}; set weights = 'int4' or leave it out"
             )
         return self

@@ -1,0 +1,88 @@
+/* The C interface of the CPU kernels: what Python binds (native.py), and nothing that depends on a version of Python, NumPy or torch. */
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define GEMEL_API __attribute__((visibility("default")))
+
+/* How numbers are stored: matrices of weights, and pages of keys and values. */
+enum gemel_format { GEMEL_F32 = 0, GEMEL_BF16 = 1, GEMEL_I8 = 2, GEMEL_I4 = 3 };
+
+/* What happens to a product x W^T + bias. */
+enum gemel_epilogue {
+    GEMEL_STORE = 0,
+    GEMEL_ADD = 1,    /* added to what is there: the residual stream */
+    GEMEL_SWIGLU = 2, /* silu(first half) * second half; the weight must be `paired` */
+    GEMEL_GELU = 3    /* the tanh approximation */
+};
+
+/* A matrix W [n, k] in packed form, made by gemel_pack.
+ *
+ *   I8   w = scale * q,            q in [-127, 127], one scale per row (group 0) or per `group` = 32 elements along k
+ *   I4   w = scale * q + minimum,  q in [0, 15], per group of 32, 64 or 128 along k; without minima: w = scale * (q - 8)
+ *
+ * k must be a multiple of 2 (BF16), of 32 (I8), of `group` (I4). */
+typedef struct {
+    int32_t format;
+    int32_t n, k;
+    int32_t group;
+    int32_t minima;   /* I4: whether groups have one */
+    int32_t quantize; /* I8, I4: activations are rounded to int8 with one scale per 32 along k; 0 leaves them as they are */
+    int32_t paired;   /* columns j and n/2 + j belong together (gate and up) and lie side by side */
+    int32_t reserved;
+    const float* bias;  /* [n] or null */
+    const void* packed; /* 64-byte aligned */
+} gemel_weight;
+
+/* Packing. `values`: fp32, bf16 or int8 [n, k], or two 4-bit numbers per byte [n, k/2], the lower half first. `scales` and `minima`: fp32,
+ * [n] or [n, k/group]; those of groups are kept as fp16. */
+GEMEL_API int64_t gemel_packed_bytes(const gemel_weight* weight);
+GEMEL_API void gemel_pack(const gemel_weight* weight, const void* values, const float* scales, const float* minima, void* packed);
+GEMEL_API void gemel_unpack(const gemel_weight* weight, float* values); /* what the products compute with, [n, k] */
+
+/* One product by itself, y = epilogue(x W^T + bias), for tests and benchmarks. x [t, k] and y [t, n] (SWIGLU: [t, n/2]) row-major. */
+typedef struct gemel_team gemel_team;
+GEMEL_API gemel_team* gemel_team_new(int32_t threads);
+GEMEL_API void gemel_team_free(gemel_team* team);
+GEMEL_API void gemel_matmul(gemel_team* team, const gemel_weight* weight, const float* x, int32_t t, float* y, int32_t epilogue);
+
+/* Keys and values of all layers: [layer, block, kv head, (keys, values)], a block of `block_tokens` (a multiple of 16) in tiles of 16. */
+typedef struct {
+    int32_t format; /* F32, BF16 or I8 */
+    int32_t layers, heads, width, block_tokens, reserved;
+    int64_t blocks;
+    void* data;
+} gemel_pages;
+
+GEMEL_API int64_t gemel_pages_bytes(const gemel_pages* pages);
+GEMEL_API void gemel_pages_copy(const gemel_pages* pages, int32_t count, const int32_t* from, const int32_t* to);
+
+/* One sequence's part of the flat run of a step: rows row..row+count, at positions start..start+count, in the blocks of its table. */
+typedef struct {
+    int32_t row, start, count, reserved;
+    const int32_t* blocks;
+} gemel_stretch;
+
+/* What one layer does between its qkv product and its output product. qkv [t, ld]: heads of queries, of keys, of values. */
+typedef struct {
+    int32_t layer, num_heads, window; /* window: positions seen, itself included; 0 sees all */
+    float eps;                        /* of the norms of queries and keys */
+    const float* q_norm;              /* [width] or null */
+    const float* k_norm;
+    const float* rotation; /* [positions, 2 width]: cosines, then sines of which the first half is negated; or null */
+    const float* slopes;   /* ALiBi, [num_heads], or null */
+} gemel_attention;
+
+/* One layer's attention by itself, for tests: writes keys and values of all rows, then out [t, num_heads * width]. */
+GEMEL_API void gemel_attend(gemel_team* team, const gemel_attention* attention, const gemel_pages* pages, int32_t num_stretches,
+                            const gemel_stretch* stretches, float* qkv, int32_t t, float* out);
+
+GEMEL_API const char* gemel_variant(void); /* the instruction set that this library was compiled for */
+
+#ifdef __cplusplus
+}
+#endif

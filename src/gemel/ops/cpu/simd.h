@@ -1,0 +1,220 @@
+// One vector of floats, whatever the processor calls it, and the few operations that the kernels are written in.
+//
+// The same sources are compiled once per instruction set; this file is where the sets differ, next to the integer products of
+// products.h. Nothing is left to the compiler's taste where results would depend on it: a fused multiply-add is asked for by name, and
+// sums over lanes have one fixed order, so a row's numbers never depend on which loop they went through.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(GEMEL_EMULATE_AVX512)  // AVX-512 in plain C, to test that variant on processors without it
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#elif defined(__x86_64__) && defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace gemel {
+
+using bf16 = uint16_t;  // the upper half of an fp32
+using fp16 = uint16_t;
+
+inline bf16 to_bf16(float value) {  // nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<bf16>((bits >> 16) | 0x40);
+    return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float from_bf16(bf16 value) {
+    const uint32_t bits = static_cast<uint32_t>(value) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+inline float from_fp16(fp16 value) {
+    const uint32_t sign = static_cast<uint32_t>(value & 0x8000) << 16;
+    const uint32_t magnitude = value & 0x7fff;
+    float out;
+    if (magnitude < 0x400) {  // subnormal: magnitude times 2^-24
+        out = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+    } else {
+        const uint32_t bits = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000u : (magnitude << 13) + 0x38000000u;
+        std::memcpy(&out, &bits, 4);
+    }
+    return sign ? -out : out;
+}
+
+inline fp16 to_fp16(float value) {  // nearest, ties to even; beyond the range: infinity
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return static_cast<fp16>(sign | 0x7e00);
+    if (magnitude >= 0x477ff000u) return static_cast<fp16>(sign | 0x7c00);
+    if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 lines the bits up, and rounds them
+        float lined;
+        std::memcpy(&lined, &magnitude, 4);
+        lined += 0.5f;
+        uint32_t out;
+        std::memcpy(&out, &lined, 4);
+        return static_cast<fp16>(sign | (out - 0x3f000000u));
+    }
+    return static_cast<fp16>(sign | ((magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+}
+
+// --- vectors ------------------------------------------------------------------------------------------------------------------------
+
+#if defined(GEMEL_EMULATE_AVX512) || (defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#define GEMEL_AVX512 1
+#define GEMEL_VARIANT "avx512 bf16 vnni"
+constexpr int W = 16;
+using f32 = __m512;
+
+inline f32 load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, f32 v) { _mm512_storeu_ps(p, v); }
+inline f32 set1(float x) { return _mm512_set1_ps(x); }
+inline f32 add(f32 a, f32 b) { return _mm512_add_ps(a, b); }
+inline f32 sub(f32 a, f32 b) { return _mm512_sub_ps(a, b); }
+inline f32 mul(f32 a, f32 b) { return _mm512_mul_ps(a, b); }
+inline f32 div(f32 a, f32 b) { return _mm512_div_ps(a, b); }
+inline f32 fma(f32 a, f32 b, f32 c) { return _mm512_fmadd_ps(a, b, c); }
+inline f32 max(f32 a, f32 b) { return _mm512_max_ps(a, b); }
+inline f32 min(f32 a, f32 b) { return _mm512_min_ps(a, b); }
+inline f32 round(f32 a) { return _mm512_roundscale_ps(a, 8); }
+inline f32 pow2(f32 whole) {  // 2^whole for whole numbers in [-126, 127]
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127)), 23));
+}
+inline f32 load_bf16(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+inline f32 load_fp16(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline f32 load_i8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+// W pairs of bf16: the first of each pair, and the second.
+inline void load_pairs(const bf16* p, f32& first, f32& second) {
+    const __m512i both = _mm512_loadu_si512(p);
+    first = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    second = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define GEMEL_AVX2 1
+#define GEMEL_VARIANT "avx2"
+constexpr int W = 8;
+using f32 = __m256;
+
+inline f32 load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, f32 v) { _mm256_storeu_ps(p, v); }
+inline f32 set1(float x) { return _mm256_set1_ps(x); }
+inline f32 add(f32 a, f32 b) { return _mm256_add_ps(a, b); }
+inline f32 sub(f32 a, f32 b) { return _mm256_sub_ps(a, b); }
+inline f32 mul(f32 a, f32 b) { return _mm256_mul_ps(a, b); }
+inline f32 div(f32 a, f32 b) { return _mm256_div_ps(a, b); }
+inline f32 fma(f32 a, f32 b, f32 c) { return _mm256_fmadd_ps(a, b, c); }
+inline f32 max(f32 a, f32 b) { return _mm256_max_ps(a, b); }
+inline f32 min(f32 a, f32 b) { return _mm256_min_ps(a, b); }
+inline f32 round(f32 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline f32 pow2(f32 whole) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23));
+}
+inline f32 load_bf16(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+inline f32 load_fp16(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline f32 load_i8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline void load_pairs(const bf16* p, f32& first, f32& second) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    first = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    second = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+#else  // any processor: vectors of the compiler, no fused multiply-add (compile with -ffp-contract=off)
+#define GEMEL_VARIANT "generic"
+constexpr int W = 4;
+typedef float f32 __attribute__((vector_size(16)));
+typedef int32_t i32v __attribute__((vector_size(16)));
+typedef uint32_t u32v __attribute__((vector_size(16)));
+
+inline f32 load(const float* p) {
+    f32 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline void store(float* p, f32 v) { std::memcpy(p, &v, sizeof v); }
+inline f32 set1(float x) { return f32{x, x, x, x}; }
+inline f32 add(f32 a, f32 b) { return a + b; }
+inline f32 sub(f32 a, f32 b) { return a - b; }
+inline f32 mul(f32 a, f32 b) { return a * b; }
+inline f32 div(f32 a, f32 b) { return a / b; }
+inline f32 fma(f32 a, f32 b, f32 c) { return a * b + c; }
+inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
+inline f32 min(f32 a, f32 b) { return a < b ? a : b; }
+inline f32 round(f32 a) {  // adding 1.5 * 2^23 pushes the fraction out, to nearest even; for |a| < 2^22
+    const f32 magic = set1(12582912.0f);
+    return (a + magic) - magic;
+}
+inline f32 pow2(f32 whole) {
+    const i32v bits = (__builtin_convertvector(whole, i32v) + 127) << 23;
+    f32 out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
+inline f32 load_bf16(const bf16* p) { return f32{from_bf16(p[0]), from_bf16(p[1]), from_bf16(p[2]), from_bf16(p[3])}; }
+inline f32 load_fp16(const fp16* p) { return f32{from_fp16(p[0]), from_fp16(p[1]), from_fp16(p[2]), from_fp16(p[3])}; }
+inline f32 load_i8(const int8_t* p) { return f32{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+inline void load_pairs(const bf16* p, f32& first, f32& second) {  // little-endian, as everything we support
+    u32v both;
+    std::memcpy(&both, p, sizeof both);
+    const u32v low = both << 16, high = both & 0xffff0000u;
+    std::memcpy(&first, &low, sizeof first);
+    std::memcpy(&second, &high, sizeof second);
+}
+#endif
+
+inline f32 zero() { return set1(0.0f); }
+
+inline float sum(f32 v) {  // lanes i and i + half, again and again
+    float lanes[W];
+    store(lanes, v);
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+inline float largest(f32 v) {
+    float lanes[W];
+    store(lanes, v);
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    return lanes[0];
+}
+
+// e^x to about 2 units in the last place; below -87.3 the smallest normal number, above 88.3 the largest finite power.
+inline f32 exp(f32 x) {
+    x = max(min(x, set1(88.3f)), set1(-87.3f));
+    const f32 whole = round(mul(x, set1(1.44269504f)));
+    f32 rest = fma(whole, set1(-0.693359375f), x);  // ln 2 in two parts, the first exact in few bits
+    rest = fma(whole, set1(2.12194440e-4f), rest);
+    f32 p = set1(1.0f / 720.0f);
+    p = fma(p, rest, set1(1.0f / 120.0f));
+    p = fma(p, rest, set1(1.0f / 24.0f));
+    p = fma(p, rest, set1(1.0f / 6.0f));
+    p = fma(p, rest, set1(0.5f));
+    p = fma(p, rest, set1(1.0f));
+    p = fma(p, rest, set1(1.0f));
+    return mul(p, pow2(whole));
+}
+
+inline void store_bf16(bf16* p, f32 v) {
+    float lanes[W];
+    store(lanes, v);
+    for (int i = 0; i < W; i++) p[i] = to_bf16(lanes[i]);
+}
+
+}  // namespace gemel

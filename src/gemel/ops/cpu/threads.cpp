@@ -1,0 +1,97 @@
+#include "threads.h"
+
+#include "gemel.h"
+
+namespace gemel {
+namespace {
+
+constexpr int kSpins = 4000;  // pauses before sleeping: some tens of microseconds
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+Team::Team(int threads) : threads_(threads), turn_(threads) {
+    for (int rank = 1; rank < threads; rank++) workers_.emplace_back([this, rank] { work(rank); });
+}
+
+Team::~Team() {
+    stop_ = true;
+    jobs_.fetch_add(1);
+    wake();
+    for (std::thread& worker : workers_) worker.join();
+}
+
+template <class Ready>
+void Team::wait(const Ready& ready) {
+    for (int spin = 0; spin < kSpins; spin++) {
+        if (ready()) return;
+        pause();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleeping_.fetch_add(1);
+    // Whoever changes what `ready` looks at checks `sleeping_` afterwards and takes the mutex to wake us: no change is missed.
+    changed_.wait(lock, ready);
+    sleeping_.fetch_sub(1);
+}
+
+void Team::wake() {
+    if (sleeping_.load() == 0) return;
+    { const std::lock_guard<std::mutex> lock(mutex_); }
+    changed_.notify_all();
+}
+
+void Team::run(const std::function<void(int)>& body) {
+    for (Padded& turn : turn_) turn.value = 0;
+    counters_[0] = counters_[1] = 0;
+    body_ = &body;
+    running_ = threads_ - 1;
+    jobs_.fetch_add(1);
+    wake();
+    body(0);
+    wait([this] { return running_.load() == 0; });
+}
+
+void Team::work(int rank) {
+    uint32_t seen = 0;
+    while (true) {
+        wait([this, seen] { return jobs_.load() != seen; });
+        seen = jobs_.load();
+        if (stop_) return;
+        (*body_)(rank);
+        if (running_.fetch_sub(1) == 1) wake();
+    }
+}
+
+void Team::barrier() {
+    if (threads_ == 1) {
+        counters_[0] = counters_[1] = 0;
+        return;
+    }
+    const uint32_t phase = phase_.load();
+    if (arrived_.fetch_add(1) == threads_ - 1) {
+        arrived_ = 0;
+        // The counter of the work just done is not looked at any more once all are here; the other one may be in use right after.
+        counters_[(turn_[0].value + 1) & 1] = 0;
+        phase_.fetch_add(1);
+        wake();
+    } else {
+        wait([this, phase] { return phase_.load() != phase; });
+    }
+}
+
+}  // namespace gemel
+
+extern "C" {
+
+gemel_team* gemel_team_new(int32_t threads) { return reinterpret_cast<gemel_team*>(new gemel::Team(threads)); }
+
+void gemel_team_free(gemel_team* team) { delete reinterpret_cast<gemel::Team*>(team); }
+
+}  // extern "C"

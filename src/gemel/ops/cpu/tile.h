@@ -1,0 +1,82 @@
+// The innermost loop of everything: a few rows of activations times two vectors of columns, summed along k in order.
+//
+// Every sum runs over k from first to last in one accumulator, whatever the number of rows. That makes a row's result the same bits alone
+// and among a thousand others.
+#pragma once
+
+#include "simd.h"
+
+namespace gemel {
+
+constexpr int NR = 2 * W;  // columns of a panel
+
+// With bf16 arithmetic both factors are bf16; without it, a bf16 weight is widened and multiplied with an fp32 activation.
+#if GEMEL_AVX512
+using bf16_act = bf16;
+constexpr int kRows = 8;  // most rows of a tile
+#else
+using bf16_act = float;
+constexpr int kRows = 6;
+#endif
+
+// c[r][0..NR) (+)= sum over k of a[r][k] * w[k][0..NR).   w: row k begins at w + k * ldw.
+template <int R>
+inline void tile_f32(const float* a, int64_t lda, const float* w, int64_t ldw, int k, float* c, int64_t ldc, bool add) {
+    f32 left[R], right[R];
+    for (int r = 0; r < R; r++) {
+        left[r] = add ? load(c + r * ldc) : zero();
+        right[r] = add ? load(c + r * ldc + W) : zero();
+    }
+    for (int i = 0; i < k; i++, w += ldw) {
+        const f32 w0 = load(w), w1 = load(w + W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const f32 x = set1(a[r * lda + i]);
+            left[r] = fma(x, w0, left[r]);
+            right[r] = fma(x, w1, right[r]);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        store(c + r * ldc, left[r]);
+        store(c + r * ldc + W, right[r]);
+    }
+}
+
+// The same with w in pairs along k: the pair (k, k+1) of column j lies at w + (k/2) * ldw + 2 j. k is even.
+template <int R>
+inline void tile_bf16(const bf16_act* a, int64_t lda, const bf16* w, int64_t ldw, int k, float* c, int64_t ldc, bool add) {
+    f32 left[R], right[R];
+    for (int r = 0; r < R; r++) {
+        left[r] = add ? load(c + r * ldc) : zero();
+        right[r] = add ? load(c + r * ldc + W) : zero();
+    }
+    for (int i = 0; i < k; i += 2, w += ldw) {
+#if GEMEL_AVX512
+        const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w), w1 = (__m512bh)_mm512_loadu_si512(w + 2 * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            int32_t pair;
+            std::memcpy(&pair, a + r * lda + i, 4);
+            const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+            left[r] = _mm512_dpbf16_ps(left[r], w0, x);
+            right[r] = _mm512_dpbf16_ps(right[r], w1, x);
+        }
+#else
+        f32 w00, w01, w10, w11;
+        load_pairs(w, w00, w01);
+        load_pairs(w + 2 * W, w10, w11);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const f32 x0 = set1(a[r * lda + i]), x1 = set1(a[r * lda + i + 1]);
+            left[r] = fma(x1, w01, fma(x0, w00, left[r]));
+            right[r] = fma(x1, w11, fma(x0, w10, right[r]));
+        }
+#endif
+    }
+    for (int r = 0; r < R; r++) {
+        store(c + r * ldc, left[r]);
+        store(c + r * ldc + W, right[r]);
+    }
+}
+
+}  // namespace gemel
