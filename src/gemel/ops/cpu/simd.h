@@ -12,6 +12,24 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 #include <simde/x86/f16c.h>
+// What SIMDe 0.7 lacks, by halves.
+inline __m512 gemel_cvtph_ps(__m256i v) {
+    const __m512 low = _mm512_castps256_ps512(_mm256_cvtph_ps(_mm256_castsi256_si128(v)));
+    return _mm512_castpd_ps(_mm512_insertf64x4(_mm512_castps_pd(low), _mm256_castps_pd(_mm256_cvtph_ps(_mm256_extracti128_si256(v, 1))), 1));
+}
+inline __m512i gemel_cvtps_epi32(__m512 v) {
+    const __m512i low = _mm512_castsi256_si512(_mm256_cvtps_epi32(_mm512_castps512_ps256(v)));
+    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+    return _mm512_inserti64x4(low, _mm256_cvtps_epi32(high), 1);
+}
+inline __m512 gemel_cvtepi32_ps(__m512i v) {
+    const __m512 low = _mm512_castps256_ps512(_mm256_cvtepi32_ps(_mm512_castsi512_si256(v)));
+    const __m256 high = _mm256_cvtepi32_ps(_mm512_extracti64x4_epi64(v, 1));
+    return _mm512_castpd_ps(_mm512_insertf64x4(_mm512_castps_pd(low), _mm256_castps_pd(high), 1));
+}
+#define _mm512_cvtph_ps gemel_cvtph_ps
+#define _mm512_cvtps_epi32 gemel_cvtps_epi32
+#define _mm512_cvtepi32_ps gemel_cvtepi32_ps
 #elif defined(__x86_64__) && defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -92,7 +110,16 @@ inline f32 load_bf16(const bf16* p) {
 }
 inline f32 load_fp16(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline f32 load_i8(const int8_t* p) {
+#if defined(GEMEL_EMULATE_AVX512)  // SIMDe 0.7 widens to eight lanes at most
+    const __m256i low = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i high = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)));
+    return _mm512_cvtepi32_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+#else
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#endif
+}
+inline f32 zero_below(f32 limit, f32 x, f32 v) {  // v, and 0 where x < limit
+    return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), _mm512_setzero_ps());
 }
 // W pairs of bf16: the first of each pair, and the second.
 inline void load_pairs(const bf16* p, f32& first, f32& second) {
@@ -128,6 +155,7 @@ inline f32 load_fp16(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(rei
 inline f32 load_i8(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+inline f32 zero_below(f32 limit, f32 x, f32 v) { return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), v); }
 inline void load_pairs(const bf16* p, f32& first, f32& second) {
     const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     first = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
@@ -168,6 +196,13 @@ inline f32 pow2(f32 whole) {
 inline f32 load_bf16(const bf16* p) { return f32{from_bf16(p[0]), from_bf16(p[1]), from_bf16(p[2]), from_bf16(p[3])}; }
 inline f32 load_fp16(const fp16* p) { return f32{from_fp16(p[0]), from_fp16(p[1]), from_fp16(p[2]), from_fp16(p[3])}; }
 inline f32 load_i8(const int8_t* p) { return f32{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+inline f32 zero_below(f32 limit, f32 x, f32 v) {  // v, and 0 where x < limit
+    i32v bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    bits &= ~(x < limit);
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+}
 inline void load_pairs(const bf16* p, f32& first, f32& second) {  // little-endian, as everything we support
     u32v both;
     std::memcpy(&both, p, sizeof both);
@@ -209,6 +244,19 @@ inline f32 exp(f32 x) {
     p = fma(p, rest, set1(1.0f));
     p = fma(p, rest, set1(1.0f));
     return mul(p, pow2(whole));
+}
+
+// 2^x to about 2 units in the last place, for x <= 0; exactly 1 at 0, and exactly 0 below -126. NaN stays NaN.
+inline f32 exp2(f32 x) {
+    const f32 limit = set1(-126.0f), clipped = max(limit, x);
+    const f32 whole = round(clipped), rest = sub(clipped, whole);
+    f32 p = set1(1.3264727e-3f);  // equal ripple of the relative error, 9e-8
+    p = fma(p, rest, set1(9.671513e-3f));
+    p = fma(p, rest, set1(5.5507336e-2f));
+    p = fma(p, rest, set1(2.4022242e-1f));
+    p = fma(p, rest, set1(6.93147e-1f));
+    p = fma(p, rest, set1(1.0f));
+    return zero_below(limit, x, mul(p, pow2(whole)));
 }
 
 inline void store_bf16(bf16* p, f32 v) {
