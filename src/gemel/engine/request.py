@@ -9,6 +9,7 @@ sequence has one notion of progress: `num_computed` tokens have their keys and v
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -113,6 +114,20 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Length of the flat run of tokens."""
         return sum(item.num_new for item in self.work)
+
+
+def flatten(work: Iterable[Scheduled]) -> tuple[list[int], list[int], list[int]]:
+    """The flat run of a step: its tokens, their positions, and the rows that sample."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    sampled: list[int] = []
+    for item in work:
+        end = item.start + item.num_new
+        tokens += item.sequence.tokens[item.start : end]
+        positions += range(item.start, end)
+        if item.samples:
+            sampled.append(len(tokens) - 1)
+    return tokens, positions, sampled
 
 
 @dataclass(frozen=True, slots=True)
