@@ -25,6 +25,7 @@ from gemel.config.errors import RequestError
 from gemel.engine import place
 from gemel.engine.beam import BeamSearch, Move, continuations
 from gemel.engine.blocks import BlockPool
+from gemel.engine.logits import Logits
 from gemel.engine.request import EngineStats, FinishReason, Output, Request, Sequence, StepPlan, TokenLogprob
 from gemel.engine.runner import Runner
 from gemel.engine.sample import Row, adjust, sample
@@ -123,12 +124,12 @@ class Engine:
             return []
         self._counters.steps += 1
         try:
-            logits_SV = self.runner.run(plan)
+            logits = self.runner.run(plan)
         except Exception as error:
             return self._fail(plan, error)
         self.scheduler.commit(plan)
         self._counters.prompt_tokens += sum(min(i.num_new, max(0, i.sequence.num_prompt - i.start)) for i in plan.work)
-        return self._advance([item.sequence for item in plan.work if item.samples], logits_SV)
+        return self._advance([item.sequence for item in plan.work if item.samples], logits)
 
     def stats(self) -> EngineStats:
         """A snapshot of queue, memory and counters."""
@@ -175,10 +176,10 @@ class Engine:
 
     # --- after the model --------------------------------------------------------------------------------------------------------------
 
-    def _advance(self, sequences: Seq[Sequence], logits_SV: Tensor) -> list[Output]:
+    def _advance(self, sequences: Seq[Sequence], logits: Logits) -> list[Output]:
         outputs: list[Output] = []
         rows: list[Row] = []
-        index: list[int] = []
+        at: list[int] = []  # rows of the logits
         beams: list[int] = []
         for i, sequence in enumerate(sequences):
             job = self._jobs[sequence.request.id]
@@ -187,13 +188,11 @@ class Engine:
                 continue
             for one in (sequence, *self._fork_samples(job, sequence)):
                 rows.append(Row(one, job.seed, job.end_tokens))
-                index.append(i)
+                at.append(i)
         if beams:
-            outputs += self._advance_beams([sequences[i] for i in beams], logits_SV[beams])
-        if rows:
-            chosen_RV = logits_SV if index == list(range(len(logits_SV))) else logits_SV[index]
-            for row, drawn in zip(rows, sample(chosen_RV, rows), strict=True):
-                outputs.append(self._append(row.sequence, drawn.token, drawn.logprob))
+            outputs += self._advance_beams([sequences[i] for i in beams], logits.values_SV[beams])
+        for row, drawn in zip(rows, sample(logits, rows, at), strict=True):
+            outputs.append(self._append(row.sequence, drawn.token, drawn.logprob))
         return outputs
 
     def _fork_samples(self, job: _Job, parent: Sequence) -> list[Sequence]:

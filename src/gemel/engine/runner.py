@@ -14,6 +14,7 @@ from gemel.config.engine import GIB, EngineConfig
 from gemel.config.errors import ConfigError
 from gemel.config.model import ModelConfig
 from gemel.engine.attend import KVCache, PagedAttend
+from gemel.engine.logits import Logits
 from gemel.engine.place import Derived
 from gemel.engine.request import StepPlan
 from gemel.model.build import LoadedModel
@@ -37,13 +38,13 @@ class Runner:
         self.cache = KVCache(loaded.config, self.num_blocks, config.block_tokens, self.dtype, self.device)
         self.config = loaded.config
 
-    def run(self, plan: StepPlan) -> Tensor:
-        """Compute the plan's tokens. Returns fp32 logits [S, V], one row per scheduled sequence that samples, in the plan's order."""
+    def run(self, plan: StepPlan) -> Logits:
+        """Compute the plan's tokens. Returns logits for every scheduled sequence that samples, in the plan's order."""
         self.cache.copy(plan.copies)
         tokens_T, positions_T, sampled_S = _flatten(plan, self.device)
         hidden_TD = self.model(tokens_T, positions_T, PagedAttend(self.config, self.cache, plan.work))
         logits_SV: Tensor = self.model.head(hidden_TD.index_select(0, sampled_S))
-        return logits_SV.float()
+        return Logits.of(logits_SV.float())
 
 
 def _flatten(plan: StepPlan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
