@@ -5,12 +5,16 @@ sequence has one notion of progress: `num_computed` tokens have their keys and v
 `len(tokens)`. Prefill, chunked prefill, a cache hit, decoding and recomputation after preemption are all that same movement.
 
     0 <= num_computed < len(tokens)      while the sequence lives: the last token is always still to be computed
+
+What is made anew for every token (`Scheduled`, `Output`, `TokenLogprob`) is a named tuple: a frozen dataclass takes several times as long
+to make.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from gemel.config.sampling import SamplingParams
 
@@ -88,8 +92,7 @@ class Sequence:
         return (self.request.priority, self.arrival, self.index)
 
 
-@dataclass(frozen=True, slots=True)
-class Scheduled:
+class Scheduled(NamedTuple):
     """A sequence's share of one step: compute `num_new` tokens from position `start` on.
 
     When `start + num_new` reaches the end of the tokens, the step yields logits for the next one (`samples`).
@@ -115,8 +118,7 @@ class StepPlan:
         return sum(item.num_new for item in self.work)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """Log-probability of the chosen token under the model, and of the likeliest ones as (token, logprob), best first."""
 
     token: int
@@ -124,8 +126,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """What a step added to one sequence of a request. The last one of a sequence has a `finish_reason`.
 
     `index` is the number of the output within the request (for beams: its rank). `stop_token` is the token that ended it, if one did; it is

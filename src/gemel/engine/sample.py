@@ -14,7 +14,7 @@ Shapes: S rows (sequences that sample in this step), V vocabulary, C candidates.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import NamedTuple
 
@@ -34,13 +34,22 @@ CANDIDATES = 256  # tried first for nucleus and min-p; rows that need more are s
 CHUNK = 256  # vocabulary entries summed together when a whole distribution is inverted
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Row:
-    """One draw: the sequence, the seed of its request, and the tokens that would end it."""
+    """How one sequence draws: the seed of its request, and the tokens that would end it. Made once per sequence.
+
+    `plain`: the likeliest token as the model has it is taken, and nothing is said about the others.
+    """
 
     sequence: Sequence
     seed: int
     end_tokens: tuple[int, ...]
+    plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        params = self.params
+        penalized = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+        self.plain = params.temperature == 0.0 and params.logprobs is None and not params.logit_bias and not penalized
 
     @property
     def params(self) -> SamplingParams:
@@ -48,17 +57,9 @@ class Row:
         return self.sequence.request.params
 
     @property
-    def takes_likeliest(self) -> bool:
-        """True when the largest logit decides, as the model gave it, and nothing is to be said about the others."""
-        params = self.params
-        return (
-            params.temperature == 0.0
-            and params.logprobs is None
-            and not params.logit_bias
-            and params.repetition_penalty == 1.0
-            and not (params.presence_penalty or params.frequency_penalty)
-            and self.sequence.num_output >= params.min_tokens
-        )
+    def may_end(self) -> bool:
+        """False while end tokens are banned."""
+        return self.sequence.num_output >= self.params.min_tokens
 
 
 class Drawn(NamedTuple):
@@ -68,14 +69,17 @@ class Drawn(NamedTuple):
     logprob: TokenLogprob | None = None
 
 
+_NOTHING = Drawn(None)
+
+
 def sample(logits: Logits, rows: Seq[Row], at: Seq[int]) -> list[Drawn]:
     """Draw one token per row, from the logits in row `at` of the step's; several rows may draw from the same ones.
 
     A row of which the largest logit is not finite draws None; the others are not affected. `logits` are not changed.
     """
-    drawn = [Drawn(token) if isfinite(largest) else Drawn(None) for token, largest in zip(logits.argmax_S, logits.largest_S, strict=True)]
-    drawn = [drawn[i] for i in at]
-    rest = [i for i, row in enumerate(rows) if drawn[i].token is not None and not row.takes_likeliest]
+    tokens, largest = logits.argmax_S, logits.largest_S
+    drawn = [Drawn(tokens[i]) if isfinite(largest[i]) else _NOTHING for i in at]
+    rest = [i for i, row in enumerate(rows) if not (row.plain and row.may_end) and drawn[i] is not _NOTHING]
     if rest:
         chosen_RV = logits.values_SV[[at[i] for i in rest]]  # a copy, to be written to
         for i, one in zip(rest, _draw(chosen_RV, [rows[i] for i in rest]), strict=True):
@@ -119,7 +123,7 @@ def adjust(logits_SV: Tensor, rows: Seq[Row]) -> None:
     """Apply bias, penalties and the ban on early ends to the logits, in place."""
     _add_bias(logits_SV, rows)
     _penalize(logits_SV, rows)
-    banned = [(i, token) for i, row in enumerate(rows) if row.sequence.num_output < row.params.min_tokens for token in row.end_tokens]
+    banned = [(i, token) for i, row in enumerate(rows) if not row.may_end for token in row.end_tokens]
     if banned:
         index = torch.tensor(banned, device=logits_SV.device).T
         logits_SV[index[0], index[1]] = -torch.inf
