@@ -18,7 +18,7 @@ from gemel.engine.lower import NativeStep
 from gemel.engine.request import Request
 from gemel.model.build import LoadedModel
 from gemel.model.leaves.linear import replace
-from gemel.model.leaves.lowbit import quantize
+from gemel.model.leaves.lowbit import LowBitLinear, quantize
 from gemel.model.leaves.native import NativeLinear
 from gemel.ops.cpu import native
 from gemel.ops.cpu.program import Stretch
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(native.find()[0] is None, reason=native.find()[1
 
 
 def low_bit(loaded: LoadedModel, bits: int, group: int, activations: str) -> LoadedModel:
-    replace(loaded.model, "*", lambda leaf: quantize(leaf, bits, group, activations))
+    replace(loaded.model, "*", lambda leaf: LowBitLinear(quantize(leaf.weight, bits, group), leaf.bias, leaf.sections, activations))
     return loaded
 
 
