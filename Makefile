@@ -16,11 +16,13 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 help:
 	@sed -n 's/^#   //p' $(MAKEFILE_LIST); echo "also: setup serve check bench docs model clean"
 
+KERNELS := setup.py $(wildcard src/gemel/ops/cpu/*.cpp src/gemel/ops/cpu/*.h)
+
 # Stamp files make the second run free. Serving needs less than developing does, so the demo installs less.
-$(VENV)/installed-serving: pyproject.toml constraints.txt
+$(VENV)/installed-serving: pyproject.toml constraints.txt $(KERNELS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"gemel needs Python 3.11 or newer, {sys.executable} is {v.major}.{v.minor}: make PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (once)"
+	@echo "installing into $(VENV), and compiling the CPU kernels (once)"
 	@$(INSTALL) -e .
 	@touch $@
 

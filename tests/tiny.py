@@ -35,9 +35,9 @@ CONFIGS: dict[str, ModelConfig] = {
 EOS = 96
 
 
-def build(kind: str = "gqa", seed: int = 0, device: str = "cpu") -> LoadedModel:
-    """A model of that kind with random weights, the same for the same seed."""
-    config = CONFIGS[kind]
+def build(kind: str = "gqa", seed: int = 0, device: str = "cpu", **changes: object) -> LoadedModel:
+    """A model of that kind with random weights, the same for the same seed. `changes` are fields of the configuration."""
+    config = CONFIGS[kind].model_copy(update=changes)
     generator = torch.Generator().manual_seed(seed)
     model = Model(config)
     with torch.no_grad():

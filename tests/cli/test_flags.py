@@ -23,11 +23,18 @@ TABLES: list[tuple[tuple[Flag, ...], type[Config]]] = [
     (flags.SAMPLING, SamplingParams),
     (flags.SERVER, ServerConfig),
 ]
+# What a field needs beside it to mean anything.
+ALONG: dict[str, dict[str, object]] = {"length_penalty": {"beam_width": 4}, "weight_group": {"weights": "int4"}}
 # A value for every flag, as typed and as the field gets it: other than the default, and valid together with the others.
 TYPED = {
     "dtype": ("float32", "float32"),
     "device": ("cpu", "cpu"),
     "threads": ("3", 3),
+    "weights": ("int4", "int4"),
+    "weight_group": ("64", 64),
+    "activations": ("full", "full"),
+    "kv": ("int8", "int8"),
+    "kernels": ("torch", "torch"),
     "max_context": ("77", 77),
     "max_running": ("5", 5),
     "max_waiting": ("6", 6),
@@ -123,8 +130,7 @@ def test_a_flag_alone_sets_its_field_alone(flag: Flag, config: type[Config]) -> 
     found = tuple(got[last]) if isinstance(got[last], list) else got[last]  # type: ignore[call-overload]
     assert found == value
     if not outer:
-        extra = {"beam_width": 4} if flag.path == "length_penalty" else {}
-        assert getattr(config.parse({**got, **extra}), last) == value
+        assert getattr(config.parse({**got, **ALONG.get(flag.path, {})}), last) == value
 
 
 def test_all_flags_together_make_a_configuration() -> None:

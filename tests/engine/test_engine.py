@@ -8,6 +8,7 @@ import torch
 from gemel.config.errors import CapacityError, ConfigError, RequestError
 from gemel.config.sampling import SamplingParams
 from gemel.engine.engine import Engine
+from gemel.engine.logits import Logits
 from gemel.engine.request import FinishReason, Output, Request
 from tests import tiny
 from tests.engine.test_parity import naive_greedy, run, small_engine
@@ -137,10 +138,10 @@ def test_logits_that_are_not_finite_end_only_that_sequence(monkeypatch: pytest.M
     engine = small_engine("gqa")
     real = engine.runner.run
 
-    def spoil(plan: object) -> torch.Tensor:
-        logits_SV = real(plan)  # type: ignore[arg-type]
+    def spoil(plan: object) -> Logits:
+        logits_SV = real(plan).values_SV  # type: ignore[arg-type]
         logits_SV[0, 0] = torch.nan
-        return logits_SV
+        return Logits.of(logits_SV)
 
     engine.add(Request("a", PROMPT[:3], greedy()))
     engine.add(Request("b", PROMPT[:4], greedy()))

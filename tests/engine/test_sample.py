@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from gemel.config.sampling import SamplingParams
+from gemel.engine.logits import Logits
 from gemel.engine.request import Request, Sequence
-from gemel.engine.sample import CANDIDATES, Row, sample, uniform
+from gemel.engine.sample import CANDIDATES, Drawn, Row, sample, uniform
 from tests.tolerance import CHI_SQUARE_P
 
 VOCAB = 40
@@ -23,9 +24,13 @@ def row(
     return Row(Sequence(request, 0, 0, [*prompt, *output], 100), seed, end_tokens)
 
 
+def draw(logits_SV: torch.Tensor, rows: list[Row]) -> list[Drawn]:
+    return sample(Logits.of(logits_SV), rows, range(len(rows)))
+
+
 def draw_many(logits_V: torch.Tensor, count: int, **params: object) -> np.ndarray:
     rows = [row(seed, **params) for seed in range(count)]
-    return np.array([drawn.token for drawn in sample(logits_V.repeat(count, 1), rows)])
+    return np.array([drawn.token for drawn in draw(logits_V.repeat(count, 1), rows)])
 
 
 def assert_distribution(tokens: np.ndarray, probability_V: torch.Tensor) -> None:
@@ -110,8 +115,24 @@ def test_a_mixed_batch_gives_each_row_what_it_would_get_alone() -> None:
         {"presence_penalty": 1.0, "frequency_penalty": 0.5, "logit_bias": {4: 5.0}, "logprobs": 0},
     ]
     rows = [row(seed, (1, 2, 3), (4, 4, 9), **params) for seed, params in enumerate(kinds)]
-    together = sample(logits_SV.clone(), rows)
-    assert together == [sample(logits_SV[i : i + 1].clone(), [rows[i]])[0] for i in range(len(rows))]
+    together = draw(logits_SV, rows)
+    assert together == [draw(logits_SV[i : i + 1], [rows[i]])[0] for i in range(len(rows))]
+
+
+def test_several_rows_may_draw_from_the_same_logits_and_leave_them_as_they_are() -> None:
+    logits_SV = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2)) * 3
+    before_SV = logits_SV.clone()
+    rows = [row(seed, **params) for seed, params in enumerate(({"logit_bias": {7: 50.0}}, {"top_k": 4}, {"temperature": 0.0}, {}))]
+    drawn = sample(Logits.of(logits_SV), rows, [2, 0, 2, 2])
+    assert torch.equal(logits_SV, before_SV)
+    assert drawn[0].token == 7
+    assert drawn == [draw(logits_SV[i : i + 1], [one])[0] for i, one in zip([2, 0, 2, 2], rows, strict=True)]
+
+
+def test_a_greedy_row_reads_nothing_but_the_argmax() -> None:
+    nothing_SV = torch.empty(2, 0)  # any look at the values would fail
+    drawn = sample(Logits(nothing_SV, [11, 12], [1.5, math.nan]), [row(temperature=0.0), row(temperature=0.0)], [0, 1])
+    assert [one.token for one in drawn] == [11, None]
 
 
 def test_penalties_and_bias_by_hand() -> None:
@@ -121,20 +142,20 @@ def test_penalties_and_bias_by_hand() -> None:
     # repetition: 2/2, -2*2, 1/2, 0.5/2; presence and frequency on the output only: 2 occurs twice, 3 once; bias comes first
     want = torch.tensor([1.0, -4.0, 0.5 - 0.25 - 1.0, 0.25 - 0.25 - 0.5, 1.0, 0.0]).double()
     rows = [row(seed, prompt, output, **params) for seed in range(20_000)]
-    tokens = np.array([drawn.token for drawn in sample(logits_V.repeat(len(rows), 1), rows)])
+    tokens = np.array([drawn.token for drawn in draw(logits_V.repeat(len(rows), 1), rows)])
     assert_distribution(tokens, torch.softmax(want, -1))
 
 
 def test_end_tokens_are_impossible_before_min_tokens() -> None:
     logits_V = torch.zeros(VOCAB)
     logits_V[7] = 50.0
-    assert sample(logits_V[None].clone(), [row(min_tokens=2, output=(5,), end_tokens=(7,), temperature=0.0)])[0].token != 7
-    assert sample(logits_V[None].clone(), [row(min_tokens=1, output=(5,), end_tokens=(7,), temperature=0.0)])[0].token == 7
+    assert draw(logits_V[None], [row(min_tokens=2, output=(5,), end_tokens=(7,), temperature=0.0)])[0].token != 7
+    assert draw(logits_V[None], [row(min_tokens=1, output=(5,), end_tokens=(7,), temperature=0.0)])[0].token == 7
 
 
 def test_logprobs_are_the_models_own_before_temperature_and_bias(logits_V: torch.Tensor) -> None:
     want_V = torch.log_softmax(logits_V.double(), -1)
-    [drawn] = sample(logits_V[None].clone(), [row(logprobs=3, temperature=0.2, logit_bias={5: 100.0})])
+    [drawn] = draw(logits_V[None], [row(logprobs=3, temperature=0.2, logit_bias={5: 100.0})])
     assert drawn.token == 5 and drawn.logprob is not None
     assert drawn.logprob.logprob == pytest.approx(want_V[5].item(), abs=1e-5)
     assert [token for token, _ in drawn.logprob.top] == want_V.topk(3).indices.tolist()
@@ -144,7 +165,7 @@ def test_logprobs_are_the_models_own_before_temperature_and_bias(logits_V: torch
 def test_a_row_that_is_not_finite_fails_alone(logits_V: torch.Tensor, bad: float) -> None:
     logits_SV = logits_V.repeat(3, 1)
     logits_SV[1, 4] = bad
-    drawn = sample(logits_SV, [row(logprobs=1), row(logprobs=1), row(logprobs=1)])
+    drawn = draw(logits_SV, [row(logprobs=1), row(logprobs=1), row(logprobs=1)])
     assert drawn[1].token is None and drawn[1].logprob is None
     assert drawn[0] == drawn[2] and drawn[0].token is not None
 

@@ -25,6 +25,7 @@ from gemel.config.errors import RequestError
 from gemel.engine import place
 from gemel.engine.beam import BeamSearch, Move, continuations
 from gemel.engine.blocks import BlockPool
+from gemel.engine.logits import Logits
 from gemel.engine.request import EngineStats, FinishReason, Output, Request, Sequence, StepPlan, TokenLogprob
 from gemel.engine.runner import Runner
 from gemel.engine.sample import Row, adjust, sample
@@ -37,9 +38,7 @@ class _Job:
     """A request that is being worked on."""
 
     request: Request
-    seed: int
-    end_tokens: tuple[int, ...]
-    live: dict[int, Sequence]
+    live: dict[int, Row]  # by index of the output
     unforked: int  # samples beyond the first that still wait for the prompt to be computed
     beam: BeamSearch | None = None
 
@@ -93,7 +92,8 @@ class Engine:
         params = request.params
         first = Sequence(request, 0, next(self._arrivals), list(request.prompt), len(request.prompt) + max_output)
         end_tokens = (*(() if params.ignore_eos else self.eos_token_ids), *params.stop_token_ids)
-        job = _Job(request, secrets.randbits(64) if params.seed is None else params.seed, end_tokens, {0: first}, params.n - 1)
+        row = Row(first, secrets.randbits(64) if params.seed is None else params.seed, end_tokens)
+        job = _Job(request, {0: row}, params.n - 1)
         if params.beam_width is not None:
             job.unforked = 0
             job.beam = BeamSearch(params, end_tokens, max_output, [first])
@@ -105,15 +105,15 @@ class Engine:
         as the last token comes.
         """
         if job := self._jobs.pop(request_id, None):
-            for sequence in job.live.values():
-                self.scheduler.abort(sequence)
+            for row in job.live.values():
+                self.scheduler.abort(row.sequence)
             self._counters.finished[FinishReason.ABORT] += 1
 
     def stop(self, request_id: str, index: int) -> None:
         """End one output of a request as complete: its text has reached a stop string."""
         job = self._jobs.get(request_id)
-        if job and (sequence := job.live.get(index)):
-            self._retire(job, sequence, FinishReason.STOP)
+        if job and (row := job.live.get(index)):
+            self._retire(row.sequence, FinishReason.STOP)
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
@@ -123,12 +123,14 @@ class Engine:
             return []
         self._counters.steps += 1
         try:
-            logits_SV = self.runner.run(plan)
+            logits = self.runner.run(plan)
         except Exception as error:
             return self._fail(plan, error)
         self.scheduler.commit(plan)
-        self._counters.prompt_tokens += sum(min(i.num_new, max(0, i.sequence.num_prompt - i.start)) for i in plan.work)
-        return self._advance([item.sequence for item in plan.work if item.samples], logits_SV)
+        self._counters.prompt_tokens += sum(
+            min(num_new, sequence.num_prompt - start) for sequence, start, num_new, _ in plan.work if start < sequence.num_prompt
+        )
+        return self._advance([item.sequence for item in plan.work if item.samples], logits)
 
     def stats(self) -> EngineStats:
         """A snapshot of queue, memory and counters."""
@@ -175,48 +177,48 @@ class Engine:
 
     # --- after the model --------------------------------------------------------------------------------------------------------------
 
-    def _advance(self, sequences: Seq[Sequence], logits_SV: Tensor) -> list[Output]:
-        outputs: list[Output] = []
+    def _advance(self, sequences: Seq[Sequence], logits: Logits) -> list[Output]:
         rows: list[Row] = []
-        index: list[int] = []
+        at: list[int] = []  # rows of the logits
         beams: list[int] = []
         for i, sequence in enumerate(sequences):
             job = self._jobs[sequence.request.id]
             if job.beam is not None:
                 beams.append(i)
                 continue
-            for one in (sequence, *self._fork_samples(job, sequence)):
-                rows.append(Row(one, job.seed, job.end_tokens))
-                index.append(i)
-        if beams:
-            outputs += self._advance_beams([sequences[i] for i in beams], logits_SV[beams])
-        if rows:
-            chosen_RV = logits_SV if index == list(range(len(logits_SV))) else logits_SV[index]
-            for row, drawn in zip(rows, sample(chosen_RV, rows), strict=True):
-                outputs.append(self._append(row.sequence, drawn.token, drawn.logprob))
+            rows.append(job.live[sequence.index])
+            at.append(i)
+            if job.unforked:
+                children = self._fork_samples(job, rows[-1])
+                rows += children
+                at += [i] * len(children)
+        outputs = self._advance_beams([sequences[i] for i in beams], logits.values_SV[beams]) if beams else []
+        for row, (token, logprob) in zip(rows, sample(logits, rows, at), strict=True):
+            outputs.append(self._append(row, token, logprob))
         return outputs
 
-    def _fork_samples(self, job: _Job, parent: Sequence) -> list[Sequence]:
+    def _fork_samples(self, job: _Job, parent: Row) -> list[Row]:
         """The other samples of a request whose prompt has just been computed, on the same blocks."""
         children = [self._fork(job, parent, index) for index in range(1, 1 + job.unforked)]
         job.unforked = 0
         return children
 
-    def _fork(self, job: _Job, parent: Sequence, index: int) -> Sequence:
+    def _fork(self, job: _Job, row: Row, index: int) -> Row:
+        parent = row.sequence
         child = Sequence(parent.request, index, parent.arrival, list(parent.tokens), parent.max_total)
         child.cached_tokens, child.cumulative_logprob = parent.cached_tokens, parent.cumulative_logprob
         self.scheduler.fork(parent, child)
-        job.live[index] = child
-        return child
+        job.live[index] = Row(child, row.seed, row.end_tokens)
+        return job.live[index]
 
-    def _append(self, sequence: Sequence, token: int | None, logprob: TokenLogprob | None) -> Output:
+    def _append(self, row: Row, token: int | None, logprob: TokenLogprob | None) -> Output:
         """Give a sequence its next token, and end it where it must end."""
-        job = self._jobs[sequence.request.id]
+        sequence = row.sequence
         reason, stop_token, error = None, None, None
         added: tuple[int, ...] = ()
         if token is None:
             reason, error = FinishReason.ERROR, "the model produced logits that are not finite"
-        elif token in job.end_tokens:
+        elif token in row.end_tokens:
             reason, stop_token = FinishReason.STOP, token
         else:
             sequence.tokens.append(token)
@@ -226,7 +228,9 @@ class Engine:
                 reason = FinishReason.LENGTH
         if logprob is not None:
             sequence.cumulative_logprob += logprob.logprob
-        output = Output(
+        if reason is not None:
+            self._retire(sequence, reason)
+        return Output(
             sequence.request.id,
             sequence.index,
             added,
@@ -238,11 +242,9 @@ class Engine:
             sequence.cumulative_logprob,
             error,
         )
-        if reason is not None:
-            self._retire(job, sequence, reason)
-        return output
 
-    def _retire(self, job: _Job, sequence: Sequence, reason: FinishReason) -> None:
+    def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
+        job = self._jobs[sequence.request.id]
         self.scheduler.finish(sequence)
         del job.live[sequence.index]
         self._counters.finished[reason] += 1
@@ -255,16 +257,16 @@ class Engine:
         message = f"the step failed: {type(error).__name__}: {error}"
         for request_id in dict.fromkeys(item.sequence.request.id for item in plan.work):
             job = self._jobs[request_id]
-            for index, sequence in list(job.live.items()):
-                outputs.append(Output(request_id, index, (), sequence.num_output, finish_reason=FinishReason.ERROR, error=message))
-                self._retire(job, sequence, FinishReason.ERROR)
+            for index, row in list(job.live.items()):
+                outputs.append(Output(request_id, index, (), row.sequence.num_output, finish_reason=FinishReason.ERROR, error=message))
+                self._retire(row.sequence, FinishReason.ERROR)
         return outputs
 
     # --- beams ------------------------------------------------------------------------------------------------------------------------
 
     def _advance_beams(self, sequences: Seq[Sequence], logits_RV: Tensor) -> list[Output]:
         jobs = [self._jobs[sequence.request.id] for sequence in sequences]
-        adjust(logits_RV, [Row(sequence, job.seed, job.end_tokens) for sequence, job in zip(sequences, jobs, strict=True)])
+        adjust(logits_RV, [job.live[sequence.index] for sequence, job in zip(sequences, jobs, strict=True)])
         widest = max(job.beam.width for job in jobs if job.beam)
         outputs: list[Output] = []
         for sequence, job, candidates in zip(sequences, jobs, continuations(logits_RV, widest), strict=True):
@@ -293,7 +295,7 @@ class Engine:
         for move in moves:
             again = move.parent.index in taken
             taken.add(move.parent.index)
-            beam.beams.append(self._fork(job, move.parent, next(free)) if again else move.parent)
+            beam.beams.append(self._fork(job, job.live[move.parent.index], next(free)).sequence if again else move.parent)
         for sequence, move in zip(beam.beams, moves, strict=True):
             sequence.tokens.append(move.token)
             sequence.cumulative_logprob = move.logprob
@@ -318,6 +320,6 @@ class Engine:
         return Output(job.request.id, 0, (), 0, finish_reason=reason, error=error)
 
     def _drop(self, job: _Job) -> None:
-        for sequence in job.live.values():
-            self.scheduler.abort(sequence)
+        for row in job.live.values():
+            self.scheduler.abort(row.sequence)
         del self._jobs[job.request.id]

@@ -1,11 +1,13 @@
 """Where and how to compute: device, type and threads, decided once at start-up from what the hardware can do.
 
-`auto` means the fastest type that the hardware multiplies natively. On a CPU without bf16 instructions a bf16 matrix
-product is emulated, about eight times slower than fp32 from a handful of rows on, so there the answer is fp32.
+`auto` means the fastest type that loses nothing. The native kernels read weights in the type in which they are stored, and decoding is a race
+against memory, so on a CPU with kernels that is bf16 for a checkpoint of 16 or fewer bits. In torch, on a CPU without bf16 instructions, a
+bf16 product is emulated, about eight times slower than fp32 from a handful of rows on, so there the answer is fp32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,10 +38,14 @@ class Place:
     derived: tuple[Derived, ...]
 
 
-def choose(config: EngineConfig) -> Place:
-    """Resolve every `auto` of the configuration. Raises ConfigError for a device that is not here."""
+def choose(config: EngineConfig, stored: torch.dtype, lowers: Callable[[torch.device, torch.dtype], bool]) -> Place:
+    """Resolve every `auto` of the configuration.
+
+    `stored` is the type of the checkpoint's dense tensors; `lowers` says whether the model would run as a native program with a device and
+    a compute type. Raises ConfigError for a device that is not here.
+    """
     device, why_device = _device(config.device)
-    dtype, why_dtype = _dtype(config.dtype, device)
+    dtype, why_dtype = _dtype(config.dtype, device, stored, lowers)
     cores = hardware.cores()
     threads = config.threads or cores.usable
     why_threads = "threads was set" if config.threads else cores.reason
@@ -60,12 +66,18 @@ def _device(wanted: str) -> tuple[torch.device, str]:
     return torch.device(wanted), "device was set"
 
 
-def _dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+def _dtype(
+    wanted: str, device: torch.device, stored: torch.dtype, lowers: Callable[[torch.device, torch.dtype], bool]
+) -> tuple[torch.dtype, str]:
     if wanted != "auto":
         return DTYPES[wanted], "dtype was set"
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return (torch.bfloat16, "the GPU has bf16") if native else (torch.float16, "the GPU has no bf16")
+    if lowers(device, stored):
+        return stored, "the type of the checkpoint, which the native kernels read"
+    if lowers(device, torch.float32):
+        return torch.float32, "the native kernels have no fp16, and bf16 would lose bits"
     if hardware.native_bf16():
         return torch.bfloat16, "the CPU multiplies bf16 natively"
     return torch.float32, "the CPU has no bf16 instructions: emulated bf16 is several times slower than fp32"

@@ -5,12 +5,17 @@ sequence has one notion of progress: `num_computed` tokens have their keys and v
 `len(tokens)`. Prefill, chunked prefill, a cache hit, decoding and recomputation after preemption are all that same movement.
 
     0 <= num_computed < len(tokens)      while the sequence lives: the last token is always still to be computed
+
+What is made anew for every token (`Scheduled`, `Output`, `TokenLogprob`) is a named tuple or a plain dataclass: a frozen one takes ten times
+as long to make. Nobody changes them all the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from gemel.config.sampling import SamplingParams
 
@@ -88,8 +93,7 @@ class Sequence:
         return (self.request.priority, self.arrival, self.index)
 
 
-@dataclass(frozen=True, slots=True)
-class Scheduled:
+class Scheduled(NamedTuple):
     """A sequence's share of one step: compute `num_new` tokens from position `start` on.
 
     When `start + num_new` reaches the end of the tokens, the step yields logits for the next one (`samples`).
@@ -115,8 +119,21 @@ class StepPlan:
         return sum(item.num_new for item in self.work)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+def flatten(work: Iterable[Scheduled]) -> tuple[list[int], list[int], list[int]]:
+    """The flat run of a step: its tokens, their positions, and the rows that sample."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    sampled: list[int] = []
+    for item in work:
+        end = item.start + item.num_new
+        tokens += item.sequence.tokens[item.start : end]
+        positions += range(item.start, end)
+        if item.samples:
+            sampled.append(len(tokens) - 1)
+    return tokens, positions, sampled
+
+
+class TokenLogprob(NamedTuple):
     """Log-probability of the chosen token under the model, and of the likeliest ones as (token, logprob), best first."""
 
     token: int
@@ -124,7 +141,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Output:
     """What a step added to one sequence of a request. The last one of a sequence has a `finish_reason`.
 

@@ -1,69 +1,109 @@
-"""One step on the device: a plan of the scheduler becomes flat tensors, one call of the model, and logits for the rows that sample.
+"""One step on the device: a plan of the scheduler becomes logits for the rows that sample.
 
-The runner owns the weights in their serving form and the key/value cache. It decides once, at start-up, what the
-hardware asks for (compute type, prepacked weights, number of blocks) and remembers why, so that the choice can be
-printed.
+There are two ways to run a step: as one call of a native program, into which the model was lowered, and through the modules in torch. The
+runner decides once, at start-up, which it is, in what types, and with how many blocks of keys and values, and remembers why, so that the
+choice can be printed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gemel.config.engine import GIB, EngineConfig
 from gemel.config.errors import ConfigError
-from gemel.config.model import ModelConfig
+from gemel.engine import lower
 from gemel.engine.attend import KVCache, PagedAttend
+from gemel.engine.logits import Logits
+from gemel.engine.lower import NativeStep
 from gemel.engine.place import Derived
-from gemel.engine.request import StepPlan
+from gemel.engine.request import Scheduled, StepPlan, flatten
 from gemel.model.build import LoadedModel
 from gemel.model.leaves.prepacked import prepack
 from gemel.ops import hardware
+from gemel.ops.cpu import native
 
 KV_SHARE = 0.25  # of free memory, when nothing was asked for
 KV_MOST_BYTES = 4 * GIB  # more is only taken when asked for
 
 
-class Runner:
-    """Executes step plans for one model on one device."""
+class Step(Protocol):
+    """A way to run steps."""
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig, max_context: int):
-        self.device = loaded.model.embed.weight.device
-        self.dtype = loaded.model.embed.weight.dtype
-        self.model = loaded.model
-        if self.device.type == "cpu":
+    def copy(self, pairs: Seq[tuple[int, int]]) -> None:
+        """Copy whole blocks, (from, to)."""
+        ...
+
+    def run(self, work: Seq[Scheduled]) -> Logits:
+        """Compute the scheduled tokens; one row of logits per sequence that samples."""
+        ...
+
+
+class TorchStep:
+    """The model's modules, called one by one."""
+
+    def __init__(self, loaded: LoadedModel, num_blocks: int, config: EngineConfig, device: torch.device, dtype: torch.dtype):
+        self.model, self.config = loaded.model, loaded.config
+        if device.type == "cpu":
             prepack(self.model)
-        self.num_blocks, self.derived = _num_blocks(loaded.config, config, max_context, self.dtype, self.device)
-        self.cache = KVCache(loaded.config, self.num_blocks, config.block_tokens, self.dtype, self.device)
-        self.config = loaded.config
+        self.cache = KVCache(loaded.config, num_blocks, config.block_tokens, dtype, device)
+        self.device = device
 
-    def run(self, plan: StepPlan) -> Tensor:
-        """Compute the plan's tokens. Returns fp32 logits [S, V], one row per scheduled sequence that samples, in the plan's order."""
-        self.cache.copy(plan.copies)
-        tokens_T, positions_T, sampled_S = _flatten(plan, self.device)
-        hidden_TD = self.model(tokens_T, positions_T, PagedAttend(self.config, self.cache, plan.work))
+    def copy(self, pairs: Seq[tuple[int, int]]) -> None:
+        """Copy whole blocks, (from, to), before a shared block is written."""
+        self.cache.copy(pairs)
+
+    def run(self, work: Seq[Scheduled]) -> Logits:
+        """Compute the scheduled tokens."""
+        tokens_T, positions_T, sampled_S = (torch.tensor(v, dtype=torch.int64, device=self.device) for v in flatten(work))
+        hidden_TD = self.model(tokens_T, positions_T, PagedAttend(self.config, self.cache, work))
         logits_SV: Tensor = self.model.head(hidden_TD.index_select(0, sampled_S))
-        return logits_SV.float()
+        return Logits.of(logits_SV.float())
 
 
-def _flatten(plan: StepPlan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    tokens: list[int] = []
-    positions: list[int] = []
-    sampled: list[int] = []
-    for item in plan.work:
-        end = item.start + item.num_new
-        tokens += item.sequence.tokens[item.start : end]
-        positions += range(item.start, end)
-        if item.samples:
-            sampled.append(len(tokens) - 1)
-    return tuple(torch.tensor(values, dtype=torch.int64, device=device) for values in (tokens, positions, sampled))  # type: ignore[return-value]
+class Runner:
+    """Executes step plans for one model on one device. `native` says whether a native program does it."""
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig, max_context: int, threads: int):
+        embedding = loaded.model.embed.weight
+        device, dtype = embedding.device, embedding.dtype
+        why_not = lower.reason(loaded.config, config, device, dtype) or lower.unsupported_leaf(loaded.model)
+        if why_not and config.kernels == "native":
+            raise ConfigError(f"kernels = 'native', but {why_not}; set kernels = 'auto' to run in torch")
+        self.native = why_not is None
+        kv = str(dtype).removeprefix("torch.") if config.kv == "auto" else config.kv
+        if why_not and kv == "int8":
+            raise ConfigError(f"kv = 'int8' needs the native kernels, but {why_not}; set kv = 'auto'")
+        if self.native:
+            per_block = NativeStep.bytes_per_block(loaded.config, config.block_tokens, kv)
+        else:
+            per_block = KVCache.bytes_per_block(loaded.config, config.block_tokens, _TORCH[kv])
+        self.num_blocks, blocks = _num_blocks(per_block, config, max_context, device)
+        self.derived = (
+            Derived("kernels", f"native, {native.find()[1]}" if self.native else "torch", why_not or "the model lowers to a native program"),
+            Derived("KV type", kv, "the compute type" if config.kv == "auto" else "kv was set"),
+            blocks,
+        )
+        self.step: Step = (
+            NativeStep(loaded.model, self.num_blocks, config.block_tokens, kv, threads)
+            if self.native
+            else TorchStep(loaded, self.num_blocks, config, device, _TORCH[kv])
+        )
+
+    def run(self, plan: StepPlan) -> Logits:
+        """Compute the plan's tokens. Returns one row of logits per scheduled sequence that samples, in the plan's order."""
+        self.step.copy(plan.copies)
+        return self.step.run(plan.work)
 
 
-def _num_blocks(
-    model: ModelConfig, config: EngineConfig, max_context: int, dtype: torch.dtype, device: torch.device
-) -> tuple[int, tuple[Derived, ...]]:
+_TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _num_blocks(per_block: int, config: EngineConfig, max_context: int, device: torch.device) -> tuple[int, Derived]:
     """Blocks of the pool: as asked, or what the longest contexts of all running sequences could use, within a share of free memory."""
-    per_block = KVCache.bytes_per_block(model, config.block_tokens, dtype)
     enough = config.max_running * -(-max_context // config.block_tokens)
     if config.kv_bytes is not None:
         num_blocks, reason = config.kv_bytes // per_block, "kv_bytes was set"
@@ -83,5 +123,4 @@ def _num_blocks(
             f"or max_context to at most {num_blocks * config.block_tokens}"
         )
     size = num_blocks * per_block / GIB
-    tokens = num_blocks * config.block_tokens
-    return num_blocks, (Derived("KV cache", f"{num_blocks} blocks, {tokens} tokens, {size:.2f} GiB", reason),)
+    return num_blocks, Derived("KV cache", f"{num_blocks} blocks, {num_blocks * config.block_tokens} tokens, {size:.2f} GiB", reason)

@@ -14,7 +14,9 @@ Shapes: S rows (sequences that sample in this step), V vocabulary, C candidates.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from gemel.config.sampling import SamplingParams
+from gemel.engine.logits import Logits
 from gemel.engine.request import Sequence, TokenLogprob
 
 Words = npt.NDArray[np.uint64]
@@ -31,43 +34,69 @@ CANDIDATES = 256  # tried first for nucleus and min-p; rows that need more are s
 CHUNK = 256  # vocabulary entries summed together when a whole distribution is inverted
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Row:
-    """One draw: the sequence, the seed of its request, and the tokens that would end it."""
+    """How one sequence draws: the seed of its request, and the tokens that would end it. Made once per sequence.
+
+    `plain`: the likeliest token as the model has it is taken, and nothing is said about the others.
+    """
 
     sequence: Sequence
     seed: int
     end_tokens: tuple[int, ...]
+    plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        params = self.params
+        penalized = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+        self.plain = params.temperature == 0.0 and params.logprobs is None and not params.logit_bias and not penalized
 
     @property
     def params(self) -> SamplingParams:
         """The request's sampling parameters."""
         return self.sequence.request.params
 
+    @property
+    def may_end(self) -> bool:
+        """False while end tokens are banned."""
+        return self.sequence.num_output >= self.params.min_tokens
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+
+class Drawn(NamedTuple):
     """The token of one row, or None when the row's logits were not finite."""
 
     token: int | None
     logprob: TokenLogprob | None = None
 
 
-def sample(logits_SV: Tensor, rows: Seq[Row]) -> list[Drawn]:
-    """Draw one token per row.
+_NOTHING = Drawn(None)
 
-    `logits_SV` is fp32 and is overwritten. A row of which the largest logit is not finite draws None; the others are not affected.
+
+def sample(logits: Logits, rows: Seq[Row], at: Seq[int]) -> list[Drawn]:
+    """Draw one token per row, from the logits in row `at` of the step's; several rows may draw from the same ones.
+
+    A row of which the largest logit is not finite draws None; the others are not affected. `logits` are not changed.
     """
-    assert logits_SV.shape[0] == len(rows)
-    finite = torch.isfinite(logits_SV.amax(-1)).tolist()
-    reported = [i for i, row in enumerate(rows) if row.params.logprobs is not None and finite[i]]
-    model_logprobs = torch.log_softmax(logits_SV[reported], -1) if reported else None
-    adjust(logits_SV, rows)
-    tokens = _choose(logits_SV, rows, [i for i in range(len(rows)) if finite[i]])
+    tokens, largest = logits.argmax_S, logits.largest_S
+    drawn = [Drawn(tokens[i]) if isfinite(largest[i]) else _NOTHING for i in at]
+    rest = [i for i, row in enumerate(rows) if not (row.plain and row.may_end) and drawn[i] is not _NOTHING]
+    if rest:
+        chosen_RV = logits.values_SV[[at[i] for i in rest]]  # a copy, to be written to
+        for i, one in zip(rest, _draw(chosen_RV, [rows[i] for i in rest]), strict=True):
+            drawn[i] = one
+    return drawn
+
+
+def _draw(logits_RV: Tensor, rows: Seq[Row]) -> list[Drawn]:
+    """Draw from finite rows by all rules. Overwrites `logits_RV`."""
+    reported = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    model_logprobs = torch.log_softmax(logits_RV[reported], -1) if reported else None
+    adjust(logits_RV, rows)
+    tokens = _choose(logits_RV, rows)
     logprobs: dict[int, TokenLogprob] = {}
     if model_logprobs is not None:
         logprobs = dict(zip(reported, _report(model_logprobs, [rows[i] for i in reported], [tokens[i] for i in reported]), strict=True))
-    return [Drawn(tokens[i], logprobs.get(i)) if finite[i] else Drawn(None) for i in range(len(rows))]
+    return [Drawn(token, logprobs.get(i)) for i, token in enumerate(tokens)]
 
 
 def uniform(seeds: Seq[int], streams: Seq[int], counters: Seq[int]) -> Floats:
@@ -94,7 +123,7 @@ def adjust(logits_SV: Tensor, rows: Seq[Row]) -> None:
     """Apply bias, penalties and the ban on early ends to the logits, in place."""
     _add_bias(logits_SV, rows)
     _penalize(logits_SV, rows)
-    banned = [(i, token) for i, row in enumerate(rows) if row.sequence.num_output < row.params.min_tokens for token in row.end_tokens]
+    banned = [(i, token) for i, row in enumerate(rows) if not row.may_end for token in row.end_tokens]
     if banned:
         index = torch.tensor(banned, device=logits_SV.device).T
         logits_SV[index[0], index[1]] = -torch.inf
@@ -138,12 +167,12 @@ def _column(values: Seq[float], like: Tensor) -> Tensor:
 # --- choosing -------------------------------------------------------------------------------------------------------------------------
 
 
-def _choose(logits_SV: Tensor, rows: Seq[Row], live: Seq[int]) -> list[int]:
-    """A token per row; rows not in `live` get a meaningless one."""
+def _choose(logits_SV: Tensor, rows: Seq[Row]) -> list[int]:
+    """A token per row."""
     tokens = [0] * len(rows)
     kinds: dict[str, list[int]] = {"greedy": [], "filtered": [], "full": []}
-    for i in live:
-        kinds[_kind(rows[i].params)].append(i)
+    for i, row in enumerate(rows):
+        kinds[_kind(row.params)].append(i)
     if kinds["greedy"]:
         greedy = logits_SV.argmax(-1) if len(kinds["greedy"]) == len(rows) else logits_SV[kinds["greedy"]].argmax(-1)
         _assign(tokens, kinds["greedy"], greedy)

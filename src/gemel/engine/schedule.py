@@ -169,15 +169,14 @@ class Scheduler:
     def commit(self, plan: StepPlan) -> None:
         """The step has run: advance its sequences and let others find the blocks that became full. Skips those that ended meanwhile."""
         size = self.pool.block_tokens
-        for item in plan.work:
-            sequence = item.sequence
+        for sequence, start, num_new, _ in plan.work:
             if sequence.status is not Status.RUNNING:
                 continue
-            assert sequence.num_computed == item.start, "a plan is committed once, before the next is made"
-            end = sequence.num_computed = item.start + item.num_new
-            if item.start % size + item.num_new < size:
+            assert sequence.num_computed == start, "a plan is committed once, before the next is made"
+            end = sequence.num_computed = start + num_new
+            if start % size + num_new < size:
                 continue  # the usual decoding step: no block became full
-            for depth in range(item.start // size, end // size):
+            for depth in range(start // size, end // size):
                 self.pool.seal(sequence.blocks, depth, sequence.tokens[depth * size : (depth + 1) * size], sequence.request.salt)
 
     def check(self) -> None:

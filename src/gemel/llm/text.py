@@ -18,7 +18,7 @@ from gemel.tokenizer.stream import Detokenizer
 from gemel.tokenizer.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen would take ten times as long to make, once per token
 class Delta:
     """What one step added to one output of a request. The last one of an output has a `finish_reason`.
 
@@ -153,17 +153,17 @@ class RequestText:
         if reason is not None:
             del self._open[output.index]
         return Delta(
-            index=output.index,
-            text=text,
-            tokens=output.tokens[:num_taken],
-            logprobs=output.logprobs[:num_taken],
-            finish_reason=reason,
-            stop_reason=output.stop_token if stream.stop is None else stream.stop,
-            num_prompt=self.num_prompt,
-            num_output=stream.num_tokens,
-            cached_tokens=output.cached_tokens,
-            error=output.error,
-            cumulative_logprob=output.cumulative_logprob,
+            output.index,
+            text,
+            output.tokens[:num_taken],
+            output.logprobs[:num_taken],
+            reason,
+            output.stop_token if stream.stop is None else stream.stop,
+            self.num_prompt,
+            stream.num_tokens,
+            output.cached_tokens,
+            output.error,
+            output.cumulative_logprob,
         )
 
     def end(self, reason: FinishReason, error: str | None = None, unmentioned: bool = False) -> list[Delta]:

@@ -81,6 +81,57 @@ typedef struct {
 GEMEL_API void gemel_attend(gemel_team* team, const gemel_attention* attention, const gemel_pages* pages, int32_t num_stretches,
                             const gemel_stretch* stretches, float* qkv, int32_t t, float* out);
 
+/* --- whole steps --------------------------------------------------------------------------------------------------------------------
+ *
+ * A program is a list of operations over slots, each a matrix of fp32 with one row per token of the step, or one per sampled row. */
+enum gemel_kind {
+    GEMEL_EMBED = 0,  /* to = table[token] (+ positions[position]) */
+    GEMEL_NORM = 1,   /* to = norm(from) */
+    GEMEL_LINEAR = 2, /* to = epilogue(from W^T + bias) */
+    GEMEL_ATTEND = 3, /* to = attention(from), from holding queries, keys and values */
+    GEMEL_SELECT = 4, /* to = the sampled rows of from */
+    GEMEL_LOGITS = 5  /* the step's logits = from W^T + bias, with the largest of each row and where it is */
+};
+
+typedef struct {
+    int32_t rows;  /* 0: all tokens of the step, 1: the sampled ones */
+    int32_t width;
+} gemel_slot;
+
+typedef struct {
+    int32_t kind, from, to;
+    int32_t label;     /* under which its time is counted */
+    int32_t epilogue;  /* LINEAR */
+    int32_t format;    /* EMBED: F32 or BF16, of both tables */
+    float eps;         /* NORM */
+    int32_t reserved;
+    const void* table; /* EMBED: [vocabulary, width] */
+    const void* positions; /* EMBED: [positions, width] or null */
+    const float* scale;    /* NORM: [width] */
+    const float* shift;    /* NORM: [width]; null: a root mean square norm, without mean and shift */
+    gemel_weight weight;
+    gemel_attention attention;
+} gemel_op;
+
+typedef struct {
+    int32_t num_tokens, num_stretches, num_sampled, reserved;
+    const int32_t* tokens;    /* [num_tokens] */
+    const int32_t* positions; /* [num_tokens] */
+    const int32_t* sampled;   /* [num_sampled] rows that yield logits */
+    const gemel_stretch* stretches;
+    float* logits;   /* [num_sampled, vocabulary] */
+    float* largest;  /* [num_sampled]; NaN when any logit of the row is not finite */
+    int32_t* argmax; /* [num_sampled]; the lowest id among equals */
+} gemel_step;
+
+typedef struct gemel_program gemel_program;
+GEMEL_API gemel_program* gemel_program_new(int32_t threads, int32_t num_slots, const gemel_slot* slots, int32_t num_ops,
+                                           const gemel_op* ops, const gemel_pages* pages);
+GEMEL_API void gemel_program_free(gemel_program* program);
+GEMEL_API void gemel_program_run(gemel_program* program, const gemel_step* step);
+/* Seconds since the last call, per label, [num_labels]. */
+GEMEL_API void gemel_program_profile(gemel_program* program, int32_t num_labels, double* seconds);
+
 GEMEL_API const char* gemel_variant(void); /* the instruction set that this library was compiled for */
 
 #ifdef __cplusplus

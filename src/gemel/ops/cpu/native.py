@@ -15,6 +15,7 @@ from gemel.ops import hardware
 
 F32, BF16, I8, I4 = range(4)
 STORE, ADD, SWIGLU, GELU = range(4)
+EMBED, NORM, LINEAR, ATTEND, SELECT, LOGITS = range(6)
 
 # Best first, with what each needs of the processor in the spelling of `hardware.isa`.
 VARIANTS = {
@@ -60,6 +61,34 @@ class Attention(Structure):
     ]
 
 
+class Slot(Structure):
+    """gemel_slot."""
+
+    _fields_ = [("rows", c_int32), ("width", c_int32)]
+
+
+class Op(Structure):
+    """gemel_op."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("kind", "from_", "to", "label", "epilogue", "format")),
+        ("eps", c_float),
+        ("reserved", c_int32),
+        *((name, c_void_p) for name in ("table", "positions", "scale", "shift")),
+        ("weight", Weight),
+        ("attention", Attention),
+    ]
+
+
+class Step(Structure):
+    """gemel_step."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("num_tokens", "num_stretches", "num_sampled", "reserved")),
+        *((name, c_void_p) for name in ("tokens", "positions", "sampled", "stretches", "logits", "largest", "argmax")),
+    ]
+
+
 # name: (result, arguments)
 _SIGNATURES = {
     "gemel_packed_bytes": (c_int64, [c_void_p]),
@@ -71,6 +100,10 @@ _SIGNATURES = {
     "gemel_pages_bytes": (c_int64, [c_void_p]),
     "gemel_pages_copy": (None, [c_void_p, c_int32, c_void_p, c_void_p]),
     "gemel_attend": (None, [c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_void_p]),
+    "gemel_program_new": (c_void_p, [c_int32, c_int32, c_void_p, c_int32, c_void_p, c_void_p]),
+    "gemel_program_free": (None, [c_void_p]),
+    "gemel_program_run": (None, [c_void_p, c_void_p]),
+    "gemel_program_profile": (None, [c_void_p, c_int32, c_void_p]),
     "gemel_variant": (c_char_p, []),
 }
 

@@ -1,11 +1,14 @@
 #include "threads.h"
 
+#include <chrono>
+
 #include "gemel.h"
 
 namespace gemel {
 namespace {
 
-constexpr int kSpins = 4000;  // pauses before sleeping: some tens of microseconds
+// Longer than what a caller does between two steps at batch 1, so that decoding finds everybody awake.
+constexpr auto kSpin = std::chrono::microseconds(200);
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -30,10 +33,13 @@ Team::~Team() {
 
 template <class Ready>
 void Team::wait(const Ready& ready) {
-    for (int spin = 0; spin < kSpins; spin++) {
-        if (ready()) return;
-        pause();
-    }
+    const auto start = std::chrono::steady_clock::now();
+    do {
+        for (int i = 0; i < 64; i++) {
+            if (ready()) return;
+            pause();
+        }
+    } while (std::chrono::steady_clock::now() - start < kSpin);
     std::unique_lock<std::mutex> lock(mutex_);
     sleeping_.fetch_add(1);
     // Whoever changes what `ready` looks at checks `sleeping_` afterwards and takes the mutex to wake us: no change is missed.
