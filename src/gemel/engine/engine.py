@@ -48,7 +48,7 @@ class _Counters:
     steps: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
-    finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
+    finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(map(str, FinishReason), 0))
 
 
 class Engine:
@@ -85,6 +85,11 @@ class Engine:
     def has_work(self) -> bool:
         """True while a step could do something."""
         return self.scheduler.has_work
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that ran so far; a step without work does not count."""
+        return self._counters.steps
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError when it can never be served, CapacityError when the queue is full."""
@@ -147,7 +152,7 @@ class Engine:
             prefix_hit_tokens=pool.prefix_hit_tokens,
             prefix_misses=dict(pool.prefix_misses),
             preemptions=self.scheduler.num_preemptions,
-            finished={str(reason): count for reason, count in counters.finished.items()},
+            finished=dict(counters.finished),
         )
 
     def check(self) -> None:

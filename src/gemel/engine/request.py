@@ -6,8 +6,8 @@ sequence has one notion of progress: `num_computed` tokens have their keys and v
 
     0 <= num_computed < len(tokens)      while the sequence lives: the last token is always still to be computed
 
-What is made anew for every token (`Scheduled`, `Output`, `TokenLogprob`) is a named tuple or a plain dataclass: a frozen one takes ten times
-as long to make. Nobody changes them all the same.
+What is made anew for every step or token (`Scheduled`, `Output`, `TokenLogprob`, `EngineStats`) is a named tuple or a plain dataclass: a
+frozen one takes ten times as long to make. Nobody changes them all the same.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Output:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EngineStats:
     """A snapshot for metrics and the live panel. Counters only grow; gauges are marked.
 

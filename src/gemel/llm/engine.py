@@ -42,7 +42,6 @@ class TextEngine:
         self.engine = engine
         self.tokenizer = tokenizer
         self._texts: dict[str, RequestText] = {}
-        self._num_steps = 0
 
     @property
     def has_work(self) -> bool:
@@ -73,9 +72,9 @@ class TextEngine:
         When the engine chose to do nothing (it may wait for a batch to fill), this sleeps for a moment: callers may loop without spinning.
         """
         try:
+            num_steps = self.engine.num_steps
             outputs = self.engine.step()
-            num_steps, self._num_steps = self._num_steps, self.engine.stats().steps
-            if not outputs and num_steps == self._num_steps:
+            if not outputs and num_steps == self.engine.num_steps:
                 time.sleep(NOTHING_DONE_S)
             return self._deltas(outputs)
         except Exception as error:

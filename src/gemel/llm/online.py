@@ -1,7 +1,7 @@
 """A model as a service inside one process: many callers of one event loop, one engine in a thread of its own.
 
     event loop    generate() --command-->  thread    add, abort, step, detokenize, stop strings
-                  queues  <--one call per step--
+                  mailboxes  <--one call per step--
 
 The engine is touched by that thread only. Callers talk to it through a list of commands under a condition, on which the
 thread sleeps when there is nothing to do. After every step it posts all deltas with a single `call_soon_threadsafe`,
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,33 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncLLM", "Delta"]
 
-Queue = asyncio.Queue[Delta | Exception]
-Mail = list[tuple[Queue, Delta | Exception]]
+Letter = Delta | Exception
+
+
+class Mailbox:
+    """Where one caller waits for letters, all within one event loop. asyncio.Queue does more and takes three times as long."""
+
+    __slots__ = ("_letters", "_waiting")
+
+    def __init__(self) -> None:
+        self._letters: deque[Letter] = deque()
+        self._waiting: asyncio.Future[None] | None = None
+
+    def put(self, letter: Letter) -> None:
+        """Never waits."""
+        self._letters.append(letter)
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def get(self) -> Letter:
+        """The oldest letter. One caller only."""
+        while not self._letters:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        return self._letters.popleft()
+
+
+Mail = list[tuple[Mailbox, Letter]]
 
 
 class AsyncLLM:
@@ -86,7 +112,7 @@ class AsyncLLM:
             raise RequestError(f"request id {request_id!r} is in use; choose another", "request_id")
         params = params or SamplingParams()
         request = Request(request_id, tuple(prompt), params, priority, salt)
-        mail: Queue = asyncio.Queue()
+        mail = Mailbox()
         num_open = params.n
         self._active.add(request_id)
         self._idle.clear()
@@ -129,7 +155,7 @@ class _Worker:
 
     def __init__(self, text_engine: TextEngine):
         self._engine = text_engine
-        self._queues: dict[str, Queue] = {}
+        self._mailboxes: dict[str, Mailbox] = {}
         self._commands: list[Callable[[], Mail]] = []
         self._wake = threading.Condition()
         self._stopping = False
@@ -165,7 +191,7 @@ class _Worker:
             self._commands.append(command)
             self._wake.notify()
 
-    def add(self, request: Request, mail: Queue) -> Mail:
+    def add(self, request: Request, mail: Mailbox) -> Mail:
         try:
             self._engine.add(request)
         except Exception as error:
@@ -173,7 +199,7 @@ class _Worker:
                 log.exception("the engine failed to take request %r", request.id)
                 self._sound = False
             return [(mail, error)]
-        self._queues[request.id] = mail
+        self._mailboxes[request.id] = mail
         return []
 
     def abort(self, request_id: str) -> Mail:
@@ -219,10 +245,10 @@ class _Worker:
             self._sound = False
 
     def _addressed(self, deltas: Deltas) -> Mail:
-        mail: Mail = [(self._queues[request_id], delta) for request_id, delta in deltas]
+        mail: Mail = [(self._mailboxes[request_id], delta) for request_id, delta in deltas]
         for request_id, delta in deltas:
             if delta.finish_reason is not None and request_id not in self._engine:
-                self._queues.pop(request_id, None)
+                self._mailboxes.pop(request_id, None)
         return mail
 
     def _post(self, mail: Mail) -> None:
@@ -235,5 +261,5 @@ class _Worker:
 
 
 def _deliver(mail: Mail) -> None:
-    for queue, item in mail:
-        queue.put_nowait(item)
+    for mailbox, letter in mail:
+        mailbox.put(letter)

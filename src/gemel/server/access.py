@@ -42,21 +42,31 @@ class Record:
     user: str | None = None
     metadata: dict[str, str] | None = None
     error: str | None = None
-    _token_times_s: dict[tuple[int, int], float] = field(default_factory=dict)
+    _cached_prompts: set[int] = field(default_factory=set)
+    _begun_s: dict[tuple[int, int], float] = field(default_factory=dict)
+    _num_output: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def saw(self, prompt: int, delta: Delta) -> None:
         """Note a delta of output `delta.index` of prompt number `prompt`."""
-        now_s = time.perf_counter()
-        if self.first_token_s is None and delta.num_output:
-            self.first_token_s = now_s
-            self.metrics.saw_first_token(now_s - self.started_s)
         output = (prompt, delta.index)
-        if output not in self._token_times_s:
-            self._token_times_s[output] = now_s
+        if output not in self._begun_s:
+            self._saw_first(output, delta)
+        self.output_tokens += delta.num_output - self._num_output[output]
+        self._num_output[output] = delta.num_output
+        if self.first_token_s is None and delta.num_output:
+            self.first_token_s = time.perf_counter()
+            self.metrics.saw_first_token(self.first_token_s - self.started_s)
         if delta.finish_reason is not None:
             self.finish.append(delta.finish_reason.value)
             if delta.num_output > 1:
-                self.metrics.saw_output((now_s - self._token_times_s[output]) / (delta.num_output - 1))
+                self.metrics.saw_output((time.perf_counter() - self._begun_s[output]) / (delta.num_output - 1))
+
+    def _saw_first(self, output: tuple[int, int], delta: Delta) -> None:
+        self._begun_s[output] = time.perf_counter()
+        self._num_output[output] = 0
+        if output[0] not in self._cached_prompts:  # all outputs of a prompt say the same
+            self._cached_prompts.add(output[0])
+            self.cached_tokens += delta.cached_tokens
 
     def line(self, method: str, path: str) -> str:
         """The log line. What a client wrote is escaped: it can neither break the line nor forge another."""

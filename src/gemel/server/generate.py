@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from gemel.server.service import Job, Service
 from gemel.server.stream import EventStream, unless_gone
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make a new one for every token
+_MARK = secrets.token_hex(16)  # stands for the text in an event; nobody can name a model or a request so
 
 
 @dataclass(slots=True)
@@ -87,19 +89,29 @@ async def collect(service: Service, job: Job, record: Record) -> list[Choice]:
 async def events(service: Service, job: Job, shape: Shape, record: Record, with_usage: bool) -> AsyncGenerator[bytes, None]:
     """The outputs as server-sent events, ended by OpenAI's [DONE]. With usage, every chunk but the last has `usage: null`."""
     extra: dict[str, object] = {"usage": None} if with_usage else {}
-    opened: set[int] = set()
+    around_text: dict[int, tuple[bytes, bytes]] = {}
     async with aclosing(ledger(service, job, record)) as deltas:
         async for prompt, delta in deltas:
             index = prompt * job.params.n + delta.index
-            if index not in opened:
-                opened.add(index)
+            if index not in around_text:
+                around_text[index] = _around_text(shape, index, extra)
                 for chunk in shape.opening(index):
                     yield sse(chunk | extra)
-            if delta.text or delta.logprobs or delta.finish_reason is not None:
+            if delta.logprobs or delta.finish_reason is not None:
                 yield sse(shape.chunk(index, delta) | extra)
+            elif delta.text:
+                before, after = around_text[index]
+                yield before + _ENCODER.encode(delta.text).encode() + after
     if with_usage:
         yield sse(shape.usage_chunk(usage(record)))
     yield b"data: [DONE]\n\n"
+
+
+def _around_text(shape: Shape, index: int, extra: dict[str, object]) -> tuple[bytes, bytes]:
+    """What comes before and after the text in an event that brings nothing but text, as nearly all do: they differ in nothing else."""
+    event = sse(shape.chunk(index, Delta(index, _MARK, (), (), None, None, 0, 0, 0)) | extra)
+    before, _, after = event.partition(_ENCODER.encode(_MARK).encode())
+    return before, after
 
 
 def sse(value: dict[str, object]) -> bytes:
@@ -123,40 +135,39 @@ async def ledger(service: Service, job: Job, record: Record) -> AsyncGenerator[t
     Closing it aborts what still runs.
     """
     record.prompt_tokens = sum(len(ids) for ids in job.prompts)
-    cached: dict[int, int] = {}
-    outputs: dict[tuple[int, int], int] = {}
-    async with aclosing(_merged(service, job, record.id)) as deltas:
-        async for prompt, delta in deltas:
-            cached[prompt] = delta.cached_tokens
-            record.cached_tokens = sum(cached.values())
-            record.output_tokens += delta.num_output - outputs.get((prompt, delta.index), 0)
-            outputs[prompt, delta.index] = delta.num_output
-            record.saw(prompt, delta)
-            if delta.finish_reason is FinishReason.ERROR:
-                record.error = delta.error
-                raise ApiError(500, f"The engine failed on this request. The log has the reason under {record.id}.", code="engine_error")
-            if delta.finish_reason is FinishReason.ABORT:
-                raise ApiError(503, "The request was ended by the server, which is shutting down.", code="aborted")
+    if len(job.prompts) == 1:  # by far the most frequent: no queue between
+        async with aclosing(_stream(service, job, record.id, 0)) as deltas:
+            async for delta in deltas:
+                _note(record, 0, delta)
+                yield 0, delta
+        return
+    async with aclosing(_merged(service, job, record.id)) as pairs:
+        async for prompt, delta in pairs:
+            _note(record, prompt, delta)
             yield prompt, delta
 
 
+def _note(record: Record, prompt: int, delta: Delta) -> None:
+    record.saw(prompt, delta)
+    if delta.finish_reason is FinishReason.ERROR:
+        record.error = delta.error
+        raise ApiError(500, f"The engine failed on this request. The log has the reason under {record.id}.", code="engine_error")
+    if delta.finish_reason is FinishReason.ABORT:
+        raise ApiError(503, "The request was ended by the server, which is shutting down.", code="aborted")
+
+
+def _stream(service: Service, job: Job, request_id: str, number: int) -> AsyncGenerator[Delta, None]:
+    name = request_id if len(job.prompts) == 1 else f"{request_id}-{number}"
+    return service.llm.generate(job.prompts[number], job.params, request_id=name, priority=job.priority, salt=job.salt)
+
+
 async def _merged(service: Service, job: Job, request_id: str) -> AsyncGenerator[tuple[int, Delta], None]:
-    def stream(number: int) -> AsyncGenerator[Delta, None]:
-        name = request_id if len(job.prompts) == 1 else f"{request_id}-{number}"
-        ids = job.prompts[number]
-        return service.llm.generate(ids, job.params, request_id=name, priority=job.priority, salt=job.salt)
-
-    if len(job.prompts) == 1:  # by far the most frequent: no queue between
-        async with aclosing(stream(0)) as deltas:
-            async for delta in deltas:
-                yield 0, delta
-        return
-
+    """Several prompts side by side."""
     arrived: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue()
 
     async def pump(number: int) -> None:
         try:
-            async with aclosing(stream(number)) as deltas:
+            async with aclosing(_stream(service, job, request_id, number)) as deltas:
                 async for delta in deltas:
                     arrived.put_nowait((number, delta))
             arrived.put_nowait(None)
