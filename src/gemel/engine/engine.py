@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gemel.config.engine import EngineConfig
 from gemel.config.errors import RequestError
-from gemel.engine import place
+from gemel.engine import lower, place
 from gemel.engine.beam import BeamSearch, Move, continuations
 from gemel.engine.blocks import BlockPool
 from gemel.engine.logits import Logits
@@ -30,7 +30,7 @@ from gemel.engine.request import EngineStats, FinishReason, Output, Request, Seq
 from gemel.engine.runner import Runner
 from gemel.engine.sample import Row, adjust, sample
 from gemel.engine.schedule import Scheduler
-from gemel.model.build import LoadedModel, load
+from gemel.model.build import LoadedModel, load, peek
 
 
 @dataclass(slots=True)
@@ -75,9 +75,21 @@ class Engine:
     def load(cls, path: str | Path, config: EngineConfig | None = None) -> Self:
         """Load a checkpoint (Hugging Face directory or GGUF file) and start an engine on it."""
         config = config or EngineConfig()
-        where = place.choose(config)
+        found = peek(path)
+        # Matrices of few bits have no type of their own; what is left beside them is small and loses nothing that matters in bf16.
+        stored = torch.bfloat16 if found.low_bit else found.stored
+        where = place.choose(config, stored, lambda device, dtype: lower.reason(found.config, config, device, dtype) is None)
         torch.set_num_threads(where.threads)
-        engine = cls(load(path, dtype=where.dtype, device=str(where.device), max_context=config.max_context), config)
+        loaded = load(
+            path,
+            dtype=where.dtype,
+            device=str(where.device),
+            max_context=config.max_context,
+            weights=config.weights,
+            group=config.weight_group or 32,
+            activations=config.activations,
+        )
+        engine = cls(loaded, config)
         engine.derived = (*where.derived, *engine.derived)
         return engine
 

@@ -67,7 +67,7 @@ class TorchStep:
 class Runner:
     """Executes step plans for one model on one device. `native` says whether a native program does it."""
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig, max_context: int, threads: int):
+    def __init__(self, loaded: LoadedModel, config: EngineConfig, max_context: int):
         embedding = loaded.model.embed.weight
         device, dtype = embedding.device, embedding.dtype
         why_not = lower.reason(loaded.config, config, device, dtype) or lower.unsupported_leaf(loaded.model)
@@ -88,7 +88,7 @@ class Runner:
             blocks,
         )
         self.step: Step = (
-            NativeStep(loaded.model, self.num_blocks, config.block_tokens, kv, threads)
+            NativeStep(loaded.model, self.num_blocks, config.block_tokens, kv, config.threads or hardware.cores().usable)
             if self.native
             else TorchStep(loaded, self.num_blocks, config, device, _TORCH[kv])
         )

@@ -53,15 +53,30 @@ void Team::wake() {
     changed_.notify_all();
 }
 
-void Team::run(const std::function<void(int)>& body) {
-    for (Padded& turn : turn_) turn.value = 0;
-    counters_[0] = counters_[1] = 0;
+void Team::reset(int shares) {
+    if (shares > num_shares_) {
+        shares_ = std::make_unique<Share[]>(shares);
+        num_shares_ = shares;
+    }
+    for (int i = 0; i < shares; i++) {
+        shares_[i].next.store(0, std::memory_order_relaxed);
+        shares_[i].done.store(0, std::memory_order_relaxed);
+    }
+}
+
+void Team::run(int shares, const std::function<void(int)>& body) {
+    reset(shares);  // nobody is inside
     body_ = &body;
-    running_ = threads_ - 1;
-    jobs_.fetch_add(1);
+    turn_[0].value = 0;
+    uint32_t job = jobs_.load() + 1;
+    if (job == 0) job = 1;  // 0 says that nothing is open
+    open_ = job;
+    jobs_ = job;
     wake();
     body(0);
-    wait([this] { return running_.load() == 0; });
+    // Either a thread that comes now sees that the run is closed, or we see that it is inside.
+    open_ = 0;
+    wait([this] { return inside_.load() == 0; });
 }
 
 void Team::work(int rank) {
@@ -70,25 +85,12 @@ void Team::work(int rank) {
         wait([this, seen] { return jobs_.load() != seen; });
         seen = jobs_.load();
         if (stop_) return;
-        (*body_)(rank);
-        if (running_.fetch_sub(1) == 1) wake();
-    }
-}
-
-void Team::barrier() {
-    if (threads_ == 1) {
-        counters_[0] = counters_[1] = 0;
-        return;
-    }
-    const uint32_t phase = phase_.load();
-    if (arrived_.fetch_add(1) == threads_ - 1) {
-        arrived_ = 0;
-        // The counter of the work just done is not looked at any more once all are here; the other one may be in use right after.
-        counters_[(turn_[0].value + 1) & 1] = 0;
-        phase_.fetch_add(1);
-        wake();
-    } else {
-        wait([this, phase] { return phase_.load() != phase; });
+        inside_.fetch_add(1);
+        if (open_.load() == seen) {
+            turn_[rank].value = 0;
+            (*body_)(rank);
+        }
+        if (inside_.fetch_sub(1) == 1) wake();
     }
 }
 
