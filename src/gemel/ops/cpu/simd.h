@@ -12,6 +12,24 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 #include <simde/x86/f16c.h>
+// What SIMDe 0.7 lacks, by halves.
+inline __m512 gemel_cvtph_ps(__m256i v) {
+    const __m512 low = _mm512_castps256_ps512(_mm256_cvtph_ps(_mm256_castsi256_si128(v)));
+    return _mm512_castpd_ps(_mm512_insertf64x4(_mm512_castps_pd(low), _mm256_castps_pd(_mm256_cvtph_ps(_mm256_extracti128_si256(v, 1))), 1));
+}
+inline __m512i gemel_cvtps_epi32(__m512 v) {
+    const __m512i low = _mm512_castsi256_si512(_mm256_cvtps_epi32(_mm512_castps512_ps256(v)));
+    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+    return _mm512_inserti64x4(low, _mm256_cvtps_epi32(high), 1);
+}
+inline __m512 gemel_cvtepi32_ps(__m512i v) {
+    const __m512 low = _mm512_castps256_ps512(_mm256_cvtepi32_ps(_mm512_castsi512_si256(v)));
+    const __m256 high = _mm256_cvtepi32_ps(_mm512_extracti64x4_epi64(v, 1));
+    return _mm512_castpd_ps(_mm512_insertf64x4(_mm512_castps_pd(low), _mm256_castps_pd(high), 1));
+}
+#define _mm512_cvtph_ps gemel_cvtph_ps
+#define _mm512_cvtps_epi32 gemel_cvtps_epi32
+#define _mm512_cvtepi32_ps gemel_cvtepi32_ps
 #elif defined(__x86_64__) && defined(__AVX2__)
 #include <immintrin.h>
 #endif
