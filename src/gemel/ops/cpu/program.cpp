@@ -154,7 +154,8 @@ class Program {
             if (windows_[i] == attention.window) return *plans_[i];
         }
         windows_.push_back(attention.window);
-        plans_.push_back(std::make_unique<Plan>(pages_, attention.num_heads, attention.window, step_->num_stretches, step_->stretches));
+        plans_.push_back(std::make_unique<Plan>(pages_, attention.num_heads, attention.window, step_->num_stretches, step_->stretches,
+                                                team_.threads()));
         return *plans_.back();
     }
 
