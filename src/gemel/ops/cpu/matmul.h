@@ -19,14 +19,15 @@ struct Activations {
     int8_t* q = nullptr;         // [rows, ld], rounded to whole numbers of `scale`
     float* scale = nullptr;      // [rows, k / 32]
     float* sum = nullptr;        // [rows, k / 32]: scale times the sum of the group's q
+    int32_t* start = nullptr;    // [rows, k / 32]: where whole sums begin, so that an offset of the weights cancels
     int64_t ld = 0;
 };
 
 int64_t stride(int k);                          // of fp32, bf16 and int8 rows alike, in elements
-int64_t activation_bytes(Form form, int k, int rows);  // what `arrange` needs; 0 for fp32
+int64_t activation_bytes(Form form, int k, int rows);  // what `arrange` needs, 64-byte aligned; 0 for fp32
 Activations arrange(Form form, int k, int rows, void* memory);
 
-// Bring one row into the form. x [k]. Nothing to do for fp32.
+// Bring one row into the form of this weight (and of no other). x [k]. Nothing to do for fp32.
 void prepare_row(const gemel_weight& weight, const float* x, const Activations& into, int row);
 
 int num_panels(const gemel_weight& weight);  // of NR columns each (paired: W pairs), the last one perhaps partly empty

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+from collections.abc import Iterable
 from ctypes import Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -108,12 +109,12 @@ _SIGNATURES = {
 }
 
 
-def open_library(path: Path) -> ctypes.CDLL:
+def open_library(path: Path, names: Iterable[str] = tuple(_SIGNATURES)) -> ctypes.CDLL:
     """Load one variant and declare its functions. Calls release the interpreter's lock."""
     library = ctypes.CDLL(str(path))
-    for name, (result, arguments) in _SIGNATURES.items():
+    for name in names:
         function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+        function.restype, function.argtypes = _SIGNATURES[name]
     return library
 
 

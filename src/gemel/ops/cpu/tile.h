@@ -20,62 +20,87 @@ constexpr int kRows = 6;
 #endif
 
 // c[r][0..NR) (+)= sum over k of a[r][k] * w[k][0..NR).   w: row k begins at w + k * ldw.
-template <int R>
-inline void tile_f32(const float* a, int64_t lda, const float* w, int64_t ldw, int k, float* c, int64_t ldc, bool add) {
-    f32 left[R], right[R];
-    for (int r = 0; r < R; r++) {
-        left[r] = add ? load(c + r * ldc) : zero();
-        right[r] = add ? load(c + r * ldc + W) : zero();
-    }
-    for (int i = 0; i < k; i++, w += ldw) {
-        const f32 w0 = load(w), w1 = load(w + W);
+// One or two rows have too few sums to keep the multipliers busy, so they may go through P panels at once: those begin `next` apart in w
+// and NR apart in c.
+template <int R, int P = 1>
+inline void tile_f32(const float* a, int64_t lda, const float* w, int64_t ldw, int k, float* c, int64_t ldc, bool add, int64_t next = 0) {
+    f32 left[R][P], right[R][P];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            const f32 x = set1(a[r * lda + i]);
-            left[r] = fma(x, w0, left[r]);
-            right[r] = fma(x, w1, right[r]);
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+            left[r][p] = add ? load(c + r * ldc + p * NR) : zero();
+            right[r][p] = add ? load(c + r * ldc + p * NR + W) : zero();
         }
     }
+    for (int i = 0; i < k; i++, w += ldw) {
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+            const f32 w0 = load(w + p * next), w1 = load(w + p * next + W);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                const f32 x = set1(a[r * lda + i]);
+                left[r][p] = fma(x, w0, left[r][p]);
+                right[r][p] = fma(x, w1, right[r][p]);
+            }
+        }
+    }
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-        store(c + r * ldc, left[r]);
-        store(c + r * ldc + W, right[r]);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+            store(c + r * ldc + p * NR, left[r][p]);
+            store(c + r * ldc + p * NR + W, right[r][p]);
+        }
     }
 }
 
 // The same with w in pairs along k: the pair (k, k+1) of column j lies at w + (k/2) * ldw + 2 j. k is even.
-template <int R>
-inline void tile_bf16(const bf16_act* a, int64_t lda, const bf16* w, int64_t ldw, int k, float* c, int64_t ldc, bool add) {
-    f32 left[R], right[R];
+template <int R, int P = 1>
+inline void tile_bf16(const bf16_act* a, int64_t lda, const bf16* w, int64_t ldw, int k, float* c, int64_t ldc, bool add,
+                      int64_t next = 0) {
+    f32 left[R][P], right[R][P];
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-        left[r] = add ? load(c + r * ldc) : zero();
-        right[r] = add ? load(c + r * ldc + W) : zero();
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+            left[r][p] = add ? load(c + r * ldc + p * NR) : zero();
+            right[r][p] = add ? load(c + r * ldc + p * NR + W) : zero();
+        }
     }
     for (int i = 0; i < k; i += 2, w += ldw) {
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
 #if GEMEL_AVX512
-        const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w), w1 = (__m512bh)_mm512_loadu_si512(w + 2 * W);
+            const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w + p * next), w1 = (__m512bh)_mm512_loadu_si512(w + p * next + 2 * W);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            int32_t pair;
-            std::memcpy(&pair, a + r * lda + i, 4);
-            const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-            left[r] = _mm512_dpbf16_ps(left[r], w0, x);
-            right[r] = _mm512_dpbf16_ps(right[r], w1, x);
-        }
+            for (int r = 0; r < R; r++) {
+                int32_t pair;
+                std::memcpy(&pair, a + r * lda + i, 4);
+                const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+                left[r][p] = _mm512_dpbf16_ps(left[r][p], w0, x);
+                right[r][p] = _mm512_dpbf16_ps(right[r][p], w1, x);
+            }
 #else
-        f32 w00, w01, w10, w11;
-        load_pairs(w, w00, w01);
-        load_pairs(w + 2 * W, w10, w11);
+            f32 w00, w01, w10, w11;
+            load_pairs(w + p * next, w00, w01);
+            load_pairs(w + p * next + 2 * W, w10, w11);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            const f32 x0 = set1(a[r * lda + i]), x1 = set1(a[r * lda + i + 1]);
-            left[r] = fma(x1, w01, fma(x0, w00, left[r]));
-            right[r] = fma(x1, w11, fma(x0, w10, right[r]));
-        }
+            for (int r = 0; r < R; r++) {
+                const f32 x0 = set1(a[r * lda + i]), x1 = set1(a[r * lda + i + 1]);
+                left[r][p] = fma(x1, w01, fma(x0, w00, left[r][p]));
+                right[r][p] = fma(x1, w11, fma(x0, w10, right[r][p]));
+            }
 #endif
+        }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-        store(c + r * ldc, left[r]);
-        store(c + r * ldc + W, right[r]);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+            store(c + r * ldc + p * NR, left[r][p]);
+            store(c + r * ldc + p * NR + W, right[r][p]);
+        }
     }
 }
 

@@ -1,0 +1,336 @@
+// Products of activations with packed weights.
+//
+// A rectangle is walked in blocks of some rows and a few panels. Of one block the running sums stay in the second-level cache, as does the
+// part of the activations in use, and the part of one panel in use stays in the first; so a block goes along k in stretches, each row and
+// panel continuing its sums in order. Blocks of few rows read each weight once and need none of that.
+#include "matmul.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <type_traits>
+
+#include "norm.h"
+#include "products.h"
+#include "threads.h"
+
+namespace gemel {
+namespace {
+
+constexpr int kBlockRows = 96;               // of a block
+constexpr int kBlockPanels = 4;              // of a block
+constexpr int kStretchBytes = 16 * 1024;     // of a panel, half of a small first-level cache
+constexpr int kWidenedRows = 3;              // up to here weights are widened in registers, above into memory
+constexpr int kWidened = kStretchBytes / 4 / NR;  // places along k that are widened into memory at once
+
+template <int n>
+using Count = std::integral_constant<int, n>;
+
+// work(Count<rows>) for rows known only now, 1 <= rows <= most.
+template <int most, class Work>
+inline void with_count(int rows, const Work& work) {
+    if constexpr (most == 1) {
+        work(Count<1>{});
+    } else {
+        if (rows == most) {
+            work(Count<most>{});
+        } else {
+            with_count<most - 1>(rows, work);
+        }
+    }
+}
+
+// work(Count<n>, first row) over tiles of at most `most` rows, as even as possible: two tiles of four keep the processor busier than one of
+// six and one of two.
+template <int most, class Work>
+inline void in_tiles(int rows, const Work& work) {
+    for (int tiles = (rows + most - 1) / most, row = 0; tiles; tiles--) {
+        const int count = (rows - row + tiles - 1) / tiles;
+        with_count<most>(count, [&](auto n) { work(n, row); });
+        row += count;
+    }
+}
+
+// One block: `rows` rows from `row` on times `panels` panels from `panel` on. Sums: [panel][row][NR].
+struct Block {
+    const gemel_weight& weight;
+    const Activations& x;
+    int row, rows, panel, panels;
+    float* sums;
+
+    float* at(int p, int r) const { return sums + (static_cast<int64_t>(p) * rows + r) * NR; }
+
+    // How far along k a stretch goes.
+    int stretch(int most_rows) const {
+        if (rows <= most_rows) return weight.k;
+        const int unit = weight.format == GEMEL_I4 ? 128 : kGroup;
+        return static_cast<int>(kStretchBytes / bytes_along(weight, unit) * unit);
+    }
+
+    template <class Work>
+    void along_k(int most_rows, const Work& work) const {
+        const int step = stretch(most_rows);
+        for (int from = 0; from < weight.k; from += step) {
+            const int k = from + step < weight.k ? step : weight.k - from;
+            for (int p = 0; p < panels; p++) work(p, from, k);
+        }
+    }
+
+    void f32() const {
+        const float* a = x.f32 + row * x.ld;
+        if (rows == 1) return several([&](auto n, int p, int64_t next) {
+            const auto* w = reinterpret_cast<const float*>(panel_at(weight, panel + p, 0));
+            tile_f32<1, n>(a, x.ld, w, NR, weight.k, at(p, 0), NR, false, next / 4);
+        });
+        along_k(kRows, [&](int p, int from, int k) {
+            const auto* w = reinterpret_cast<const float*>(panel_at(weight, panel + p, from));
+            in_tiles<kRows>(rows, [&](auto n, int r) { tile_f32<n>(a + r * x.ld + from, x.ld, w, NR, k, at(p, r), NR, from > 0); });
+        });
+    }
+
+    void bf16() const {
+#if GEMEL_AVX512
+        const bf16_act* a = x.b16 + row * x.ld;
+#else
+        const bf16_act* a = x.f32 + row * x.ld;
+#endif
+        if (rows == 1) return several([&](auto n, int p, int64_t next) {
+            const auto* w = reinterpret_cast<const gemel::bf16*>(panel_at(weight, panel + p, 0));
+            tile_bf16<1, n>(a, x.ld, w, 2 * NR, weight.k, at(p, 0), NR, false, next / 2);
+        });
+        along_k(kRows, [&](int p, int from, int k) {
+            const auto* w = reinterpret_cast<const gemel::bf16*>(panel_at(weight, panel + p, from));
+            in_tiles<kRows>(rows, [&](auto n, int r) { tile_bf16<n>(a + r * x.ld + from, x.ld, w, 2 * NR, k, at(p, r), NR, from > 0); });
+        });
+    }
+
+    // Panels in fours where there are four, else one by one.
+    template <class Work>
+    void several(const Work& work) const {
+        int p = 0;
+        for (; p + 4 <= panels; p += 4) work(Count<4>{}, p, panel_bytes(weight));
+        for (; p < panels; p++) work(Count<1>{}, p, 0);
+    }
+
+    Rounded rounded(int r, int from) const {
+        const int64_t groups = weight.k / kGroup, at = (row + r) * groups + from / kGroup;
+        return {x.q + (row + r) * x.ld + from, x.scale + at, x.sum + at, x.start + at, x.ld, groups};
+    }
+
+    void i8() const {
+        along_k(kIntegerRows, [&](int p, int from, int k) {
+            const uint8_t* w = panel_at(weight, panel + p, from);
+            in_tiles<kIntegerRows>(rows, [&](auto n, int r) {
+                if (weight.group) {
+                    tile_i8<n, true>(rounded(r, from), w, k, at(p, r), from > 0);
+                } else {
+                    tile_i8<n, false>(rounded(r, from), w, k, at(p, r), from > 0);
+                }
+            });
+        });
+    }
+
+    void i4() const {
+        along_k(kIntegerRows, [&](int p, int from, int k) {
+            const uint8_t* w = panel_at(weight, panel + p, from);
+            in_tiles<kIntegerRows>(rows, [&](auto n, int r) {
+                if (weight.minima) {
+                    tile_i4<n, true>(rounded(r, from), w, weight.group, k, at(p, r), from > 0);
+                } else {
+                    tile_i4<n, false>(rounded(r, from), w, weight.group, k, at(p, r), from > 0);
+                }
+            });
+        });
+    }
+
+    // Low-bit weights times fp32 activations: the weights are widened first.
+    void widened() const {
+        const float* a = x.f32 + row * x.ld;
+        if (rows <= kWidenedRows) {
+            for (int p = 0; p < panels; p++) with_count<kWidenedRows>(rows, [&](auto n) { widened_in_registers<n>(a, p); });
+            return;
+        }
+        alignas(64) float w[kWidened * NR];
+        for (int p = 0; p < panels; p++) {
+            for (int from = 0; from < weight.k; from += kWidened) {
+                const int k = from + kWidened < weight.k ? kWidened : weight.k - from;
+                widen(weight, panel + p, from, k, [&](int i, gemel::f32 left, gemel::f32 right) {
+                    store(w + i * NR, left);
+                    store(w + i * NR + W, right);
+                });
+                in_tiles<kRows>(rows, [&](auto n, int r) { tile_f32<n>(a + r * x.ld + from, x.ld, w, NR, k, at(p, r), NR, from > 0); });
+            }
+        }
+    }
+
+    template <int R>
+    void widened_in_registers(const float* a, int p) const {
+        gemel::f32 left[R], right[R];
+        for (int r = 0; r < R; r++) left[r] = right[r] = zero();
+        widen(weight, panel + p, 0, weight.k, [&](int i, gemel::f32 w0, gemel::f32 w1) {
+            for (int r = 0; r < R; r++) {
+                const gemel::f32 v = set1(a[r * x.ld + i]);
+                left[r] = fma(v, w0, left[r]);
+                right[r] = fma(v, w1, right[r]);
+            }
+        });
+        for (int r = 0; r < R; r++) {
+            store(at(p, r), left[r]);
+            store(at(p, r) + W, right[r]);
+        }
+    }
+
+    void multiply() const {
+        if (weight.format == GEMEL_F32) return f32();
+        if (weight.format == GEMEL_BF16) return bf16();
+        if (!weight.quantize) return widened();
+        return weight.format == GEMEL_I8 ? i8() : i4();
+    }
+};
+
+// Up to W results into y, or added to it.
+inline void put(float* y, f32 v, int count, bool added) {
+    if (count == W) {
+        store(y, added ? add(load(y), v) : v);
+        return;
+    }
+    float lanes[W];
+    store(lanes, v);
+    for (int i = 0; i < count; i++) y[i] = added ? y[i] + lanes[i] : lanes[i];
+}
+
+// Up to W of the biases, the rest zero.
+inline f32 some(const float* bias, int count) {
+    if (count == W) return load(bias);
+    float lanes[W] = {};
+    for (int i = 0; i < count; i++) lanes[i] = bias[i];
+    return load(lanes);
+}
+
+inline int between(int value, int most) { return value < 0 ? 0 : value > most ? most : value; }
+
+// What remains after the sums: scales per row of the weight, bias, epilogue. y: the block's first row.
+void finish(const Block& block, int epilogue, float* y, int64_t ldy) {
+    const gemel_weight& weight = block.weight;
+    const bool scaled = weight.format == GEMEL_I8 && !weight.group && weight.quantize;
+    const int half = weight.n / 2;
+    for (int p = 0; p < block.panels; p++) {
+        const int panel = block.panel + p;
+        const int column0 = weight.paired ? panel * W : panel * NR, column1 = weight.paired ? half + column0 : column0 + W;
+        const int count0 = between((weight.paired ? half : weight.n) - column0, W), count1 = between(weight.n - column1, W);
+        f32 scale0 = set1(1.0f), scale1 = scale0, bias0 = zero(), bias1 = bias0;
+        if (scaled) {
+            const float* head = reinterpret_cast<const float*>(panel_at(weight, panel, 0) - head_bytes(weight));
+            scale0 = load(head), scale1 = load(head + W);
+        }
+        if (weight.bias) bias0 = some(weight.bias + column0, count0), bias1 = some(weight.bias + column1, count1);
+        for (int r = 0; r < block.rows; r++) {
+            const float* sums = block.at(p, r);
+            float* row = y + r * ldy;
+            const f32 left = fma(load(sums), scale0, bias0), right = fma(load(sums + W), scale1, bias1);
+            if (epilogue == GEMEL_SWIGLU) {
+                put(row + column0, mul(silu(left), right), count0, false);
+            } else {
+                const bool gelus = epilogue == GEMEL_GELU, added = epilogue == GEMEL_ADD;
+                put(row + column0, gelus ? gelu(left) : left, count0, added);
+                put(row + column1, gelus ? gelu(right) : right, count1, added);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+Form form(const gemel_weight& weight) {
+    if (weight.format == GEMEL_BF16) return std::is_same_v<bf16_act, bf16> ? Form::bf16 : Form::f32;
+    return weight.format == GEMEL_F32 || !weight.quantize ? Form::f32 : Form::i8;
+}
+
+// An odd number of 64-element units: rows of a tile then begin in different sets of a cache, also where k is a power of two.
+int64_t stride(int k) { return ((k + 63) / 64 | 1) * 64; }
+
+int64_t activation_bytes(Form form, int k, int rows) {
+    if (form == Form::f32) return 0;
+    const int64_t elements = rows * stride(k), groups = static_cast<int64_t>(rows) * (k / kGroup);
+    return form == Form::bf16 ? elements * 2 : elements + groups * 12;
+}
+
+Activations arrange(Form form, int k, int rows, void* memory) {
+    Activations x;
+    x.ld = stride(k);
+    if (form == Form::bf16) x.b16 = static_cast<bf16*>(memory);
+    if (form == Form::i8) {
+        const int64_t groups = static_cast<int64_t>(rows) * (k / kGroup);
+        x.q = static_cast<int8_t*>(memory);
+        x.scale = reinterpret_cast<float*>(x.q + rows * x.ld);
+        x.sum = x.scale + groups;
+        x.start = reinterpret_cast<int32_t*>(x.sum + groups);
+    }
+    return x;
+}
+
+void prepare_row(const gemel_weight& weight, const float* x, const Activations& into, int row) {
+    const Form want = form(weight);
+    if (want == Form::bf16) {
+        bf16* to = into.b16 + row * into.ld;
+        int i = 0;
+        for (; i + W <= weight.k; i += W) store_bf16(to + i, load(x + i));
+        for (; i < weight.k; i++) to[i] = to_bf16(x[i]);
+    }
+    if (want != Form::i8) return;
+    const int groups = weight.k / kGroup;
+    const int offset = weight.format == GEMEL_I8 ? kOffset : weight.minima ? 0 : 8;
+    for (int g = 0; g < groups; g++, x += kGroup) {
+        f32 size = zero();
+        for (int i = 0; i < kGroup; i += W) size = max(size, max(load(x + i), sub(zero(), load(x + i))));
+        const float most = largest(size);
+        const bool vanishes = most < 1e-30f;  // 127 / most would overflow; nothing that small reaches a sum
+        const int32_t total = round_group(x, vanishes ? 0.0f : 127.0f / most, into.q + row * into.ld + g * kGroup);
+        const int64_t at = static_cast<int64_t>(row) * groups + g;
+        into.scale[at] = vanishes ? 0.0f : most / 127.0f;
+        into.sum[at] = into.scale[at] * static_cast<float>(total);
+        into.start[at] = -offset * total;
+    }
+}
+
+int num_panels(const gemel_weight& weight) { return weight.paired ? (weight.n / 2 + W - 1) / W : (weight.n + NR - 1) / NR; }
+
+void multiply(const gemel_weight& weight, const Activations& x, int row0, int row1, int panel0, int panel1, int epilogue, float* y,
+              int64_t ldy) {
+    alignas(64) float sums[kBlockRows * kBlockPanels * NR];
+    for (int row = row0; row < row1; row += kBlockRows) {
+        const int rows = row1 - row < kBlockRows ? row1 - row : kBlockRows;
+        for (int panel = panel0; panel < panel1; panel += kBlockPanels) {
+            const int panels = panel1 - panel < kBlockPanels ? panel1 - panel : kBlockPanels;
+            const Block block{weight, x, row, rows, panel, panels, sums};
+            block.multiply();
+            finish(block, epilogue, y + row * ldy, ldy);
+        }
+    }
+}
+
+}  // namespace gemel
+
+extern "C" void gemel_matmul(gemel_team* opaque, const gemel_weight* weight, const float* x, int32_t t, float* y, int32_t epilogue) {
+    using namespace gemel;
+    Team& team = *reinterpret_cast<Team*>(opaque);
+    const Form want = form(*weight);
+    const int64_t bytes = (activation_bytes(want, weight->k, t) + 63) / 64 * 64;
+    const std::unique_ptr<void, void (*)(void*)> memory(bytes ? std::aligned_alloc(64, bytes) : nullptr, std::free);
+    Activations activations = arrange(want, weight->k, t, memory.get());
+    if (want == Form::f32) activations.f32 = x, activations.ld = weight->k;
+    const int64_t ldy = epilogue == GEMEL_SWIGLU ? weight->n / 2 : weight->n;
+
+    // A few pieces for each thread, so that a slow one does not keep the others waiting.
+    const int panels = num_panels(*weight), down = (t + kBlockRows - 1) / kBlockRows, wanted = (6 * team.threads() + down - 1) / down;
+    const int run = ((panels + wanted - 1) / wanted + kBlockPanels - 1) / kBlockPanels * kBlockPanels, across = (panels + run - 1) / run;
+    team.run([&](int rank) {
+        if (want != Form::f32) {
+            team.share(rank, t, [&](int row, int) { prepare_row(*weight, x + static_cast<int64_t>(row) * weight->k, activations, row); });
+        }
+        team.share(rank, down * across, [&](int item, int) {
+            const int row = item / across * kBlockRows, panel = item % across * run;
+            multiply(*weight, activations, row, std::min(row + kBlockRows, t), panel, std::min(panel + run, panels), epilogue, y, ldy);
+        });
+    });
+}
