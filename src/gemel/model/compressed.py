@@ -57,11 +57,15 @@ class Scheme:
 
 
 def describe(schemes: Mapping[str, Scheme], plain: list[str]) -> dict[str, object]:
-    """The `quantization_config` of a model with these quantized modules and these plain ones. The commonest scheme is that of "Linear"."""
+    """The `quantization_config` of a model with these quantized modules and these plain ones.
+
+    The commonest scheme is that of "Linear" and comes last, so that modules with another one meet their own name first.
+    """
     modules: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         modules.setdefault(scheme, []).append(name)
-    groups = sorted(modules.items(), key=lambda item: -len(item[1]))
+    *others, (common, _) = sorted(modules.items(), key=lambda item: len(item[1]))
+    groups = [*(scheme.to_hf(names) for scheme, names in others), common.to_hf(["Linear"])]
     formats = {scheme.format for scheme in modules}
     return {
         "quant_method": METHOD,
@@ -69,7 +73,7 @@ def describe(schemes: Mapping[str, Scheme], plain: list[str]) -> dict[str, objec
         "format": formats.pop() if len(formats) == 1 else MIXED,
         "ignore": plain,
         "kv_cache_scheme": None,
-        "config_groups": {f"group_{i}": scheme.to_hf(names if i else ["Linear"]) for i, (scheme, names) in enumerate(groups)},
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
     }
 
 
@@ -105,14 +109,15 @@ def _minimum(scale_NG: Tensor, zero_NG: Tensor) -> Tensor:
 
 def _pack_columns(zero_NG: Tensor) -> Tensor:
     """Eight 4-bit numbers of a column into one int32, the first of them lowest."""
-    num_rows = len(zero_NG)
-    padded = torch.nn.functional.pad(zero_NG, (0, 0, 0, -num_rows % 8)).t().contiguous()
-    return (padded[:, ::2] | padded[:, 1::2] << 4).view(torch.int32).t().contiguous()
+    num_rows, num_groups = zero_NG.shape
+    columns_GN = torch.nn.functional.pad(zero_NG, (0, 0, 0, -num_rows % 8)).t()
+    pairs = columns_GN[:, ::2] | columns_GN[:, 1::2] << 4
+    return pairs.reshape(-1).view(torch.int32).view(num_groups, -1).t().contiguous()
 
 
 def _unpack_columns(packed_nG: Tensor, num_rows: int) -> Tensor:
-    pairs_Gb = packed_nG.t().contiguous().view(torch.uint8)
-    return torch.stack((pairs_Gb & 15, pairs_Gb >> 4), -1).flatten(1)[:, :num_rows].t()
+    pairs = packed_nG.t().reshape(-1).view(torch.uint8).view(packed_nG.shape[1], -1)
+    return torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)[:, :num_rows].t()
 
 
 def logical(quantization: Mapping[str, object], what: str, stored: Mapping[str, Stored]) -> dict[str, Stored]:

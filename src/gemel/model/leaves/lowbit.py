@@ -118,11 +118,11 @@ def quantize(weight_NK: Tensor, bits: Literal[8, 4], group: int = 0) -> LowBit:
         peak_NG1 = top_NG1 / 127 if bits == 8 else torch.where(high_NG1 > -low_NG1, -top_NG1, top_NG1) / 8
         scale[rows] = peak_NG1.view(scale[rows].shape)
         scale_NG1 = scale[rows].float().view(peak_NG1.shape)
-        w_NGg /= scale_NG1.masked_fill(scale_NG1 == 0, torch.inf)
+        whole_NGg = (w_NGg / scale_NG1.masked_fill(scale_NG1 == 0, torch.inf)).round_()
         if bits == 8:
-            q[rows] = w_NGg.round_().clamp_(-127, 127).view(-1, width)
+            q[rows] = whole_NGg.clamp_(-127, 127).view(-1, width)
         else:
-            q_NK = w_NGg.round_().add_(8).clamp_(0, 15).to(torch.uint8).view(-1, width)
+            q_NK = whole_NGg.add_(8).clamp_(0, 15).to(torch.uint8).view(-1, width)
             q[rows] = q_NK[:, ::2] | q_NK[:, 1::2] << 4
     return LowBit(q, scale)
 
