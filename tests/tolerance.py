@@ -12,6 +12,7 @@ RELATIVE = {
     "fp32_reorder": 2e-5,  # the same mathematics, sums in another order
     "fp32_reference": 1e-4,  # against another implementation in fp32
     "int8_activations": 3e-2,  # activations rounded to int8: a last-bit difference before rounding moves a number by a whole step
+    "fp16_scales": 1e-3,  # weights whose scales and minima were rounded to fp16, 2^-11 each
     "bf16_reorder": 3e-2,  # the same mathematics in bf16
 }
 
