@@ -38,6 +38,7 @@ class Runner:
         self.cache = KVCache(loaded.config, self.num_blocks, config.block_tokens, self.dtype, self.device)
         self.config = loaded.config
 
+    @torch.inference_mode()
     def run(self, plan: StepPlan) -> Logits:
         """Compute the plan's tokens. Returns logits for every scheduled sequence that samples, in the plan's order."""
         self.cache.copy(plan.copies)
