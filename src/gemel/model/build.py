@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gemel.config.errors import CheckpointError, ConfigError, UnsupportedError
 from gemel.config.model import DynamicNTK, ModelConfig, Rope
@@ -50,7 +52,7 @@ def load(
         raise ConfigError(f"dtype = {dtype} is not supported; {', '.join(DTYPES.values())} are")
     checkpoint = _open(path)
     config = with_context(checkpoint.config, max_context)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialValues():
         model = Model(config)
     _check_names(checkpoint, model)
     for weight in checkpoint.weights:
@@ -63,6 +65,15 @@ def load(
         model.rotary.to(device)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())), "the weight table leaves tensors out"
     return LoadedModel(model, config, path, checkpoint.eos_token_ids, checkpoint.bos_token_id)
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Parameters stay as they were made. To draw normal numbers on the meta device, torch would import its compiler: 2 s and 100 MB."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def save(loaded: LoadedModel, path: str | Path, dtype: torch.dtype | None = None) -> None:
