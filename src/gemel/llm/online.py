@@ -75,7 +75,7 @@ class AsyncLLM:
     @classmethod
     def load(cls, model: str | Path, config: EngineConfig | None = None) -> Self:
         """From a path or an embedded model's name. Raises CheckpointError, UnsupportedError or ConfigError."""
-        return cls(*load(model, config))
+        return cls(*load(model, config, chat=True))
 
     @property
     def draining(self) -> bool:
