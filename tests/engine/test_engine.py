@@ -139,7 +139,7 @@ def test_logits_that_are_not_finite_end_only_that_sequence(monkeypatch: pytest.M
     real = engine.runner.run
 
     def spoil(plan: object) -> Logits:
-        logits_SV = real(plan).values_SV  # type: ignore[arg-type]
+        logits_SV = real(plan).values_SV.clone()  # type: ignore[arg-type]
         logits_SV[0, 0] = torch.nan
         return Logits.of(logits_SV)
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import aclosing
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -16,9 +20,10 @@ from gemel.engine.request import FinishReason, Request
 from gemel.llm.engine import TextEngine
 from gemel.llm.offline import LLM
 from gemel.llm.online import AsyncLLM, Delta
+from gemel.model import build
 from gemel.tokenizer.tokenizer import Tokenizer
 from tests import tiny
-from tests.tokenizer.shapes import byte_level_library
+from tests.tokenizer.shapes import CHATML, byte_level_library
 
 CONFIG = EngineConfig(device="cpu", dtype="float32", block_tokens=8, kv_bytes=2**20, max_step_tokens=64, max_running=8, threads=1)
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -125,3 +130,32 @@ def test_an_aborted_request_is_forgotten() -> None:
     assert "r" not in text_engine
     assert not text_engine.has_work
     assert text_engine.abort("r") == []
+
+
+START = """
+import asyncio, gc, sys
+from gemel.config.engine import EngineConfig
+from gemel.config.sampling import SamplingParams
+from gemel.llm.online import AsyncLLM
+
+async def main():
+    llm = AsyncLLM.load(sys.argv[1], EngineConfig(device="cpu", kv_bytes=2**20, threads=1))
+    assert gc.isenabled()
+    assert "bytes_of" in vars(llm.tokenizer)  # warm before the start
+    await llm.start()
+    async for delta in llm.generate([1, 2, 3], SamplingParams(max_tokens=2), request_id="r"):
+        assert not delta.error, delta
+    await llm.close()
+
+asyncio.run(main())
+print(sorted(set(sys.modules) & {"torch._dynamo", "torch._inductor", "sympy", "transformers", "gguf", "jinja2"}))
+"""
+
+
+def test_from_start_to_answer_nothing_is_imported_that_serving_does_not_need(tmp_path: Path) -> None:
+    build.save(tiny.build(), tmp_path / "model")
+    Tokenizer(byte_level_library(), templates={"default": CHATML}).save(tmp_path / "model")
+    command = [sys.executable, "-c", START, str(tmp_path / "model")]
+    paths = os.pathsep.join(sys.path)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -4,7 +4,7 @@
     logits = runner.run(plan)          one flat run through the model
     outputs = advance(plan, logits)    choose tokens, fork, finish
 
-It knows token ids only. It is not thread-safe: one thread calls everything (`gemel.llm.online` owns such a thread).
+It knows token ids only. It is not thread-safe: one thread calls everything but `stats` (`gemel.llm.online` owns such a thread).
 """
 
 from __future__ import annotations
@@ -132,7 +132,6 @@ class Engine:
         if job and (row := job.live.get(index)):
             self._retire(row.sequence, FinishReason.STOP)
 
-    @torch.inference_mode()
     def step(self) -> list[Output]:
         """Advance every scheduled sequence; returns what was added to each. An error in a step ends the requests in it and no others."""
         plan = self.scheduler.schedule(time.monotonic())
@@ -150,7 +149,7 @@ class Engine:
         return self._advance([item.sequence for item in plan.work if item.samples], logits)
 
     def stats(self) -> EngineStats:
-        """A snapshot of queue, memory and counters."""
+        """A snapshot of queue, memory and counters. Any thread may ask; amid a step, one number may be ahead of another."""
         pool, counters = self.pool, self._counters
         return EngineStats(
             waiting=len(self.scheduler.waiting),

@@ -56,6 +56,7 @@ class TorchStep:
         """Copy whole blocks, (from, to), before a shared block is written."""
         self.cache.copy(pairs)
 
+    @torch.inference_mode()
     def run(self, work: Seq[Scheduled]) -> Logits:
         """Compute the scheduled tokens."""
         tokens_T, positions_T, sampled_S = (torch.tensor(v, dtype=torch.int64, device=self.device) for v in flatten(work))

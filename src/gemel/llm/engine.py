@@ -6,8 +6,11 @@ Both add requests, step, and hand out deltas; they differ in who waits for them.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +29,33 @@ NOTHING_DONE_S = 0.001
 Deltas = list[tuple[str, Delta]]  # with the id of the request
 
 
-def load(model: str | Path, config: EngineConfig | None) -> tuple[Engine, Tokenizer]:
-    """The engine and the tokenizer of `model`: a Hugging Face directory, a GGUF file, or the name of an embedded model."""
+def load(model: str | Path, config: EngineConfig | None, chat: bool = False) -> tuple[Engine, Tokenizer]:
+    """The engine and the tokenizer of `model`: a Hugging Face directory, a GGUF file, or the name of an embedded model.
+
+    `chat`: conversations are expected, so the tokenizer warms up while the engine loads.
+    """
     path = store.resolve(model)
     tokenizer = Tokenizer.load(path)  # first: it is quick, and a mistake in the path shows at once
-    from gemel.engine.engine import Engine
+    with _collector_paused(), ThreadPoolExecutor(1) as beside:
+        warm = beside.submit(tokenizer.warm_up) if chat else None
+        from gemel.engine.engine import Engine
 
-    return Engine.load(path, config), tokenizer
+        engine = Engine.load(path, config)
+        if warm is not None:
+            warm.result()
+    return engine, tokenizer
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Importing torch makes a million objects that stay; walking them over and over would take a sixth of the start."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class TextEngine:

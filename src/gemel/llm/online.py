@@ -75,7 +75,7 @@ class AsyncLLM:
     @classmethod
     def load(cls, model: str | Path, config: EngineConfig | None = None) -> Self:
         """From a path or an embedded model's name. Raises CheckpointError, UnsupportedError or ConfigError."""
-        return cls(*load(model, config))
+        return cls(*load(model, config, chat=True))
 
     @property
     def draining(self) -> bool:
@@ -88,8 +88,8 @@ class AsyncLLM:
         return self._worker.healthy
 
     def stats(self) -> EngineStats:
-        """The engine's state after its last step."""
-        return self._worker.stats
+        """The engine's state now."""
+        return self.engine.stats()
 
     async def start(self) -> None:
         """Start the thread. Raises CheckpointError when the model's chat template does not compile."""
@@ -163,7 +163,6 @@ class _Worker:
         self._thread = threading.Thread(target=self._run, name="gemel-engine", daemon=True)
         self._producing = True
         self._sound = True
-        self.stats = text_engine.engine.stats()
 
     @property
     def running(self) -> bool:
@@ -218,7 +217,6 @@ class _Worker:
             elif not checked:
                 self._check()
                 checked = True
-            self.stats = self._engine.engine.stats()
             self._post(mail)
             if stopping:
                 return

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gemel.config.errors import CheckpointError, ConfigError, UnsupportedError
 from gemel.config.model import DynamicNTK, ModelConfig, Rope
@@ -98,7 +99,7 @@ def load(
     if config.tied_head and _head_is_low_bit(checkpoint, weights):
         embed = _named(table, "embed.weight")
         config, table = config.model_copy(update={"tied_head": False}), (*table, Weight("head.weight", embed.parts, embed.form))
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialValues():
         model = Model(config)
     _check_names(checkpoint, model, table)
     if checkpoint.config.tied_head:
@@ -112,6 +113,15 @@ def load(
         model.rotary.to(device)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())), "the weight table leaves tensors out"
     return LoadedModel(model, config, path, checkpoint.eos_token_ids, checkpoint.bos_token_id, _stored_dtype(checkpoint))
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Parameters stay as they were made. To draw normal numbers on the meta device, torch would import its compiler: 2 s and 100 MB."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def save(loaded: LoadedModel, path: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -7,6 +7,7 @@ left then gets an error instead of silence. The second one ends the process at o
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -38,6 +39,7 @@ class DrainingServer(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         log.info("%s is served at http://%s:%d", self.service.model_name, shown, port)
+        gc.freeze()  # what start-up made stays; a collection that walked it would stop every stream for a tenth of a second
         config = self.service.config
         if config.api_key is None and host not in ("127.0.0.1", "::1"):
             log.warning("anyone who reaches %s:%d can use this server: set api_key, or listen on 127.0.0.1", shown, port)

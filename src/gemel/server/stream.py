@@ -78,20 +78,19 @@ class EventStream(Response):
         self._silent = not first.done()
         ticking = asyncio.create_task(self._break_silence(send))
         try:
-            await self._send_one(await first, send)
+            event = await first
+            self._silent = False
+            await send({"type": "http.response.body", "body": event, "more_body": True})
             async for event in self.events:
-                await self._send_one(event, send)
+                self._silent = False
+                await send({"type": "http.response.body", "body": event, "more_body": True})
         except Exception as error:
             body = as_api_error(error, self.request_id).body
-            await self._send_one(b"data: " + json.dumps(body).encode() + b"\n\n", send)
+            await send({"type": "http.response.body", "body": b"data: " + json.dumps(body).encode() + b"\n\n", "more_body": True})
         finally:
             ticking.cancel()
             await asyncio.gather(ticking, return_exceptions=True)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send_one(self, event: bytes, send: Send) -> None:
-        self._silent = False
-        await send({"type": "http.response.body", "body": event, "more_body": True})
 
     async def _break_silence(self, send: Send) -> None:
         while True:

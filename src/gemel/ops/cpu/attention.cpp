@@ -527,7 +527,7 @@ extern "C" void gemel_attend(gemel_team* team, const gemel_attention* attention,
     const auto scratch_bytes = static_cast<size_t>(gemel::Plan::scratch_bytes(*pages, attention->num_heads));
     std::vector<std::vector<char>> scratch(static_cast<size_t>(everyone.threads()), std::vector<char>(scratch_bytes));
     std::vector<char> partials(static_cast<size_t>(plan.partial_bytes()));
-    everyone.run([&](int rank) {
+    everyone.run(3, [&](int rank) {
         everyone.share(rank, plan.num_writes(), [&](int item, int) { plan.write(*attention, qkv, ld, item); });
         everyone.share(rank, plan.num_pieces(), [&](int piece, int me) {
             plan.attend(*attention, qkv, ld, piece, scratch[static_cast<size_t>(me)].data(), partials.data(), out, ld_out);

@@ -324,7 +324,7 @@ extern "C" void gemel_matmul(gemel_team* opaque, const gemel_weight* weight, con
     // A few pieces for each thread, so that a slow one does not keep the others waiting.
     const int panels = num_panels(*weight), down = (t + kBlockRows - 1) / kBlockRows, wanted = (6 * team.threads() + down - 1) / down;
     const int run = ((panels + wanted - 1) / wanted + kBlockPanels - 1) / kBlockPanels * kBlockPanels, across = (panels + run - 1) / run;
-    team.run([&](int rank) {
+    team.run(2, [&](int rank) {
         if (want != Form::f32) {
             team.share(rank, t, [&](int row, int) { prepare_row(*weight, x + static_cast<int64_t>(row) * weight->k, activations, row); });
         }

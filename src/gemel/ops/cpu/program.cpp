@@ -23,6 +23,8 @@ namespace {
 constexpr int kRowBlock = 128;      // rows of one piece of a product: their activations stay in the second-level cache
 constexpr int kPiecesPerThread = 6; // enough that a slow core can be helped out, few enough that counting them costs nothing
 
+constexpr int kSharesPerOp = 3;     // at most: attention writes, attends and folds
+
 // Memory that grows and is never handed back. Fresh pages are only touched by who uses them.
 class Memory {
    public:
@@ -96,7 +98,7 @@ class Program {
     void run(const gemel_step& step) {
         step_ = &step;
         reserve();
-        team_.run([this](int rank) {
+        team_.run(kSharesPerOp * static_cast<int>(ops_.size()), [this](int rank) {
             auto before = std::chrono::steady_clock::now();
             for (size_t i = 0; i < ops_.size(); i++) {
                 execute(i, rank);

@@ -47,6 +47,10 @@ void Team::wait(const Ready& ready) {
     sleeping_.fetch_sub(1);
 }
 
+void Team::wait_for(const std::atomic<int>& done, int count) {
+    wait([&done, count] { return done.load() >= count; });
+}
+
 void Team::wake() {
     if (sleeping_.load() == 0) return;
     { const std::lock_guard<std::mutex> lock(mutex_); }

@@ -40,7 +40,7 @@ class Team {
             work(item, rank);
             if (share.done.fetch_add(1) == count - 1) wake();
         }
-        if (share.done.load() < count) wait([&share, count] { return share.done.load() >= count; });
+        if (share.done.load() < count) wait_for(share.done, count);
     }
 
    private:
@@ -52,6 +52,7 @@ class Team {
     };
 
     void work(int rank);
+    void wait_for(const std::atomic<int>& done, int count);
     template <class Ready>
     void wait(const Ready& ready);
     void wake();
