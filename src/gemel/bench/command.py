@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, name: str, path: Path, config: EngineConfig) -
     peak_bytes = machine.peak_memory_bytes()  # before the probes of `rates` allocate theirs
     if args.profile:
         print(suite.profile(subject, args.benchmark, work), file=sys.stderr if args.json else sys.stdout)
-    rates = machine.rates(subject.device, subject.dtype)
+    rates = machine.rates(subject.device, subject.storage.arithmetics)
     figures = suite.compare(subject, args.benchmark, work, repeats, rates, peak_bytes)
     head = {"benchmark": args.benchmark, "model": name, "workload": work.name, "repeat": args.repeat}
     _print(head, subject, rates, figures, only_json=args.json)
