@@ -32,7 +32,12 @@ class OpenVINO:
         hint = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
         self.precision = f"{setup.precision} weights, {kv} KV, {hint} arithmetic"
         weights = round((setup.model / "openvino_model.bin").stat().st_size / 1e6)
-        self.settings: dict[str, object] = {"weights MB": weights, "KV pool GB": KV_GB, "max_num_seqs": scheduler.max_num_seqs, "prefix caching": True}
+        self.settings: dict[str, object] = {
+            "weights MB": weights,
+            "KV pool GB": KV_GB,
+            "max_num_seqs": scheduler.max_num_seqs,
+            "prefix caching": True,
+        }
         self.versions = {"openvino-genai": openvino_genai.__version__, "openvino": openvino.__version__}
 
     def run(self, jobs: Sequence[protocol.Job]) -> list[protocol.Span]:

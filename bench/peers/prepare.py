@@ -104,7 +104,9 @@ def _once(target: Path, make: Callable[[Path], None], say: Say) -> Path:
 def _export_openvino(source: Path, precision: str, made: Path, venvs: Path, say: Say) -> None:
     command = environment("export", venvs, say).with_name("optimum-cli")
     more = OPENVINO_INT4 if precision == "int4" else ()
-    _run([command, "export", "openvino", "--model", source, "--task", "text-generation-with-past", "--weight-format", precision, *more, made])
+    _run(
+        [command, "export", "openvino", "--model", source, "--task", "text-generation-with-past", "--weight-format", precision, *more, made]
+    )
 
 
 def _gguf(source: Path, precision: str, folder: Path, venvs: Path, say: Say) -> Path:

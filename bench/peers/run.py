@@ -3,9 +3,10 @@
     python bench/peers/run.py --model DIR [--workload FILE] [--peers gemel,transformers,vllm,llamacpp,openvino]
                               [--work decode,prefill,throughput,prefix,serve] [--repeat 3] [--markdown | --json] [--out FILE]
 
-A peer may be named with a precision (`llamacpp:q8_0`), also several times; without one it gets what is usually its fastest at 16 or 32 bits
-on this processor. The work `serve` starts a server as people do, where the peer has one. Every process loads, warms up and does all of the work, so a round of one engine never meets a cache that an earlier one
-filled. Every second round goes through the engines backwards: a machine that slowly gets faster or slower favours none of them.
+A peer may be named with a precision (`llamacpp:q8_0`), also several times; without one it gets what is usually its fastest at 16 or 32
+bits on this processor. The work `serve` starts a server as people do, where the peer has one. Every process loads, warms up and does all of
+the work, so a round of one engine never meets a cache that an earlier one filled. Every second round goes through the engines backwards: a
+machine that slowly gets faster or slower favours none of them.
 The last line of stdout is one JSON object.
 """
 

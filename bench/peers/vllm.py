@@ -31,7 +31,12 @@ class VLLM:
         self._calls = 0
         self.precision = f"{setup.precision} weights, {dtype} KV"
         weights = round(sum(file.stat().st_size for file in setup.model.glob("*.safetensors")) / 1e6)
-        self.settings: dict[str, object] = {"weights MB": weights, "enforce_eager": True, "KV pool GiB": KV_GIB, "max_model_len": MAX_CONTEXT}
+        self.settings: dict[str, object] = {
+            "weights MB": weights,
+            "enforce_eager": True,
+            "KV pool GiB": KV_GIB,
+            "max_model_len": MAX_CONTEXT,
+        }
         self.versions = {"vllm": vllm.__version__, "torch": torch.__version__}
 
     def run(self, jobs: Sequence[protocol.Job]) -> list[protocol.Span]:

@@ -1,8 +1,8 @@
 """What machine this is, and the rates that bound a language model on it: reading memory, and multiplying matrices in each arithmetic.
 
 All are taken on the device and with the threads that the benchmark used, in the same process: a figure from a data sheet, or from a quiet
-hour, would say little about the run it is compared with. The rate of an arithmetic is the best that torch or the native kernels reach with a
-large product; `bench/kernels.py` measures what the processor's multipliers could do beyond that.
+hour, would say little about the run it is compared with. The rate of an arithmetic is the best that torch or the native kernels reach with
+a large product; `bench/kernels.py` measures what the processor's multipliers could do beyond that.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def rates(device: torch.device, arithmetics: Sequence[str]) -> Rates:
 
 
 def _peaks(arithmetic: str, device: torch.device) -> Iterator[float]:
-    """Operations per second through each route there is. Routes that would emulate the arithmetic, and take minutes for it, are left out."""
+    """Operations per second through each route there is, but for those that would emulate the arithmetic and take minutes for it."""
     flops = 2 * _ROWS**3
     has_int8 = any(name in hardware.isa() for name in _INT8)
     if device.type == "cuda" or {"bfloat16": hardware.native_bf16(), "int8": has_int8}.get(arithmetic, True):

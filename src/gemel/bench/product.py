@@ -1,4 +1,4 @@
-"""One native matrix product by itself: random weights in one format, packed as the engine packs them. For peaks and for `bench/kernels.py`."""
+"""One native matrix product by itself, with random weights that are packed as the engine packs them: for peaks and `bench/kernels.py`."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Each part of a step takes as long as the slower of two things: reading its bytes at the machine's read bandwidth, or doing its
 multiplications at the machine's peak in the arithmetic that they are done in. Norms, activations, sampling and all writes are left out:
-what they take is part of the distance that a measurement shows. Caches are not modelled, so a model small enough to live in one can beat its
-roofline. Keys and values in a block that several sequences share are read once.
+what they take is part of the distance that a measurement shows. Caches are not modelled, so a model small enough to live in one can beat
+its roofline. Keys and values in a block that several sequences share are read once.
 """
 
 from __future__ import annotations
@@ -159,7 +159,9 @@ class StepCost:
 
         Only whole blocks are shared, and only before a chunk's end.
         """
-        blocks = Counter(chain.from_iterable(item.sequence.blocks[: (item.start + item.num_new) // self.block_tokens] for item in plan.work))
+        blocks = Counter(
+            chain.from_iterable(item.sequence.blocks[: (item.start + item.num_new) // self.block_tokens] for item in plan.work)
+        )
         return (blocks.total() - len(blocks)) * self.block_tokens
 
 

@@ -1,4 +1,4 @@
-"""What a loaded model's matrices weigh, read off its leaves: whatever packs or rounds them, the bytes that a step has to read are theirs."""
+"""What a loaded model's matrices weigh, read off its leaves: whoever packs or rounds them, the bytes that a step has to read are theirs."""
 
 from __future__ import annotations
 
@@ -33,21 +33,26 @@ def of(model: Model, config: ModelConfig, kv: str) -> Storage:
 
 
 def leaf_bytes(leaf: nn.Module) -> int:
-    """Memory of a leaf's weight: all its tensors, wherever it keeps them, but for the bias."""
-    tensors = {**leaf._parameters, **leaf._buffers, **vars(leaf)}
-    return sum(_bytes(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor) and name != "bias")
+    """Memory of a leaf's weight, however many tensors it is kept in."""
+    return sum(map(_bytes, _weights(leaf)))
 
 
 def arithmetic(leaf: nn.Module) -> str:
-    """What a leaf multiplies in: int8 where activations are rounded too, else the type of its weight; low-bit weights are widened to fp32."""
+    """What a leaf multiplies in: int8 where activations are rounded too, else its weight's type. Low-bit weights are widened to fp32."""
     weight = getattr(leaf, "weight", None)
     if isinstance(weight, native.Weight):
         return "int8" if weight.quantize else _NATIVE.get(weight.format, "float32")
-    dtypes = {tensor.dtype for tensor in {**leaf._parameters, **leaf._buffers, **vars(leaf)}.values() if isinstance(tensor, Tensor)}
+    dtypes = {tensor.dtype for tensor in _weights(leaf)}
     if dtypes & {torch.int8, torch.uint8}:
         return "float32"
-    assert len(dtypes) == 1, f"a leaf of {dtypes}"
-    return str(dtypes.pop()).removeprefix("torch.")
+    (dtype,) = dtypes
+    return str(dtype).removeprefix("torch.")
+
+
+def _weights(leaf: nn.Module) -> list[Tensor]:
+    """All tensors of a leaf but its bias: parameters, buffers, and what is hidden from both because it is packed."""
+    tensors = {**leaf._parameters, **leaf._buffers, **vars(leaf)}
+    return [tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor) and name != "bias"]
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 
 from gemel.bench import storage
-from gemel.bench.roofline import Rates, Storage, StepCost
+from gemel.bench.roofline import Rates, StepCost, Storage
 from gemel.bench.workload import Workload
 from gemel.config.engine import EngineConfig
 from gemel.config.errors import ConfigError
