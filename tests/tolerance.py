@@ -11,6 +11,7 @@ RELATIVE = {
     "exact": 0.0,  # the same operations in the same order
     "fp32_reorder": 2e-5,  # the same mathematics, sums in another order
     "fp32_reference": 1e-4,  # against another implementation in fp32
+    "fp16_scales": 1e-3,  # weights whose scales and minima were rounded to fp16, 2^-11 each
     "bf16_reorder": 3e-2,  # the same mathematics in bf16
 }
 

@@ -183,7 +183,7 @@ def _write_checkpoint(source: Path, home: Path) -> None:
     from gemel.model import build
     from gemel.tokenizer.tokenizer import Tokenizer
 
-    build.save(build.load(source, dtype=torch.bfloat16), home)
+    build.save(build.load(source, dtype=torch.bfloat16, weights="dense"), home)
     Tokenizer.load(source).save(home)
 
 

@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -22,25 +23,38 @@ from torch import Tensor
 
 from gemel.config.errors import CheckpointError, UnsupportedError
 from gemel.config.model import ModelConfig
+from gemel.model import compressed
 from gemel.model.families import family
 from gemel.model.families.table import Weight
+from gemel.model.stored import Stored
 
 SHARD_BYTES = 4 * 2**30
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is open but not read: what the model is, what tensors there are, and how to get one.
+    """A checkpoint that is open but not read: what the model is and what tensors there are, by their own names.
 
-    `shapes` are of the stored tensors by their own names. `surplus` are patterns of names that may be there and are not needed.
+    `surplus` are patterns of names that may be there and are not needed.
     """
 
     path: Path
     config: ModelConfig
     weights: tuple[Weight, ...]
-    shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
+    stored: Mapping[str, Stored]
     surplus: tuple[str, ...]
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
@@ -48,6 +62,7 @@ class Checkpoint:
 
 class _Slice(Protocol):
     def get_shape(self) -> list[int]: ...
+    def get_dtype(self) -> str: ...
 
 
 class _TensorFile(Protocol):
@@ -61,22 +76,23 @@ class _TensorFile(Protocol):
 def open_directory(path: Path) -> Checkpoint:
     """Open a Hugging Face directory."""
     hf = read_json(path / "config.json")
+    quantization = hf.get("quantization_config")
+    low_bit = isinstance(quantization, dict) and quantization.get("quant_method") == compressed.METHOD
     kind = family(hf.get("model_type"))
-    config = kind.config(hf)
-    home = {name: file for file in map(_open, _weight_files(path)) for name in file.keys()}  # noqa: SIM118
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in home.items()}
+    config = kind.config({key: value for key, value in hf.items() if not (low_bit and key == "quantization_config")})
+    stored = {name: _stored(name, file) for file in map(_open, _weight_files(path)) for name in file.keys()}  # noqa: SIM118
+    if isinstance(quantization, dict) and low_bit:
+        stored = compressed.logical(quantization, str(path), stored)
     weights = kind.weights(config)
-    if not any(name.startswith(kind.PREFIX) for name in shapes):
+    if not any(name.startswith(kind.PREFIX) for name in stored):
         weights = tuple(Weight(w.name, tuple(part.removeprefix(kind.PREFIX) for part in w.parts), w.form) for w in weights)
     eos, bos = _end_and_start(path, hf)
+    return Checkpoint(path, config, weights, stored, kind.SURPLUS, eos, bos)
 
-    def read(name: str) -> Tensor:
-        tensor = home[name].get_tensor(name)
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise UnsupportedError(f"{path}: {name} is stored as {tensor.dtype}; float32, bfloat16 and float16 are read")
-        return tensor
 
-    return Checkpoint(path, config, weights, shapes, read, kind.SURPLUS, eos, bos)
+def _stored(name: str, file: _TensorFile) -> Stored:
+    header = file.get_slice(name)
+    return Stored(tuple(header.get_shape()), _DTYPES.get(header.get_dtype(), torch.uint8), partial(file.get_tensor, name))
 
 
 def read_json(path: Path) -> dict[str, object]:

@@ -1,4 +1,6 @@
-"""GGUF files (the format of llama.cpp), dequantized on the way in.
+"""GGUF files (the format of llama.cpp).
+
+Matrices of the types in `gguf_blocks` stay packed; those of the other types are dequantized on the way in.
 
 Metadata is translated into the Hugging Face spelling and goes through the same family as a directory would, so the same things are refused;
 tensor names are translated into the family's own table. Two things are particular to files of architecture `llama`: the rows of queries and
@@ -9,14 +11,16 @@ divisors instead of the four numbers it came from.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar
 
-import gguf
-import numpy as np
 import torch
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES
 from torch import Tensor
 
 from gemel import ops
@@ -26,9 +30,13 @@ from gemel.model.checkpoint import Checkpoint
 from gemel.model.families import family
 from gemel.model.families.fields import Fields
 from gemel.model.families.table import Stacked, Weight
+from gemel.model.gguf_blocks import PACKED
+from gemel.model.gguf_header import Span, read_header
+from gemel.model.leaves.lowbit import LowBit
+from gemel.model.stored import Stored
 
-_READABLE = frozenset("F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K".split())  # noqa: SIM905
-_LONG_ARRAY = 1000
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DEQUANTIZED = ("Q5_0", "Q5_1", "Q5_K", "Q6_K")
 _FACTORS = "rope_freqs.weight"
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -49,35 +57,11 @@ _NAMES = {
 }
 
 
-class _Reader(gguf.GGUFReader):
-    """The package's reader without the elements of long arrays.
-
-    It makes several numpy objects per element, which takes seconds for a tokenizer's lists, and none of those lists is needed here.
-    """
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[np.ndarray], list[int], list[gguf.GGUFValueType]]:
-        if raw_type == gguf.GGUFValueType.ARRAY:
-            kind = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
-            count, start = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
-            if count > _LONG_ARRAY and kind != gguf.GGUFValueType.ARRAY:
-                return self._end_of_array(kind, count, start) - orig_offs, [], [], [gguf.GGUFValueType.ARRAY, kind]
-        parts: tuple[int, list[np.ndarray], list[int], list[gguf.GGUFValueType]] = super()._get_field_parts(orig_offs, raw_type)
-        return parts
-
-    def _end_of_array(self, kind: gguf.GGUFValueType, count: int, offset: int) -> int:
-        if kind != gguf.GGUFValueType.STRING:
-            return offset + count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
-        order: Literal["big", "little"] = "big" if self.byte_order == "S" else "little"
-        data = self.data.data
-        for _ in range(count):
-            offset += 8 + int.from_bytes(data[offset : offset + 8], order)
-        return offset
-
-
 @dataclass(frozen=True)
 class RotatesNeighbours:
     """Queries, keys and values with `rows` each, the first two stored so that rotated pairs lie next to each other in every head."""
 
+    by_rows: ClassVar[bool] = True
     rows: tuple[int, int, int]
     head_width: int
 
@@ -101,42 +85,51 @@ class RotatesNeighbours:
 def open_gguf(path: Path) -> Checkpoint:
     """Open a GGUF file of architecture llama (Mistral included), qwen2 or qwen3."""
     try:
-        reader = _Reader(path)
-    except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
+        fields, spans = read_header(path)
+    except (ValueError, OverflowError, OSError, struct.error) as error:
         raise CheckpointError(f"{path} is truncated or not a GGUF file ({error}); fetch it again") from None
-    fields = {name: _value(field) for name, field in reader.fields.items() if field.parts and field.data}
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    shapes = {name: tuple(int(n) for n in reversed(tensor.shape.tolist())) for name, tensor in stored.items()}
-
-    def read(name: str) -> Tensor:
-        tensor = stored[name]
-        if tensor.tensor_type.name not in _READABLE:
-            raise UnsupportedError(f"{path}: {name} is stored as {tensor.tensor_type.name}; {', '.join(sorted(_READABLE))} are read")
-        # The package works on 16 rows at a time, so longer rows save most of its overhead. A plain array spares memmap's cost per slice.
-        stored_rows = np.asarray(tensor.data)
-        long_rows = stored_rows.reshape(len(stored_rows) // math.gcd(len(stored_rows), 64), -1)
-        values = np.require(gguf.quants.dequantize(long_rows, tensor.tensor_type), requirements="W")
-        return torch.from_numpy(values).reshape(shapes[name])
-
     arch = str(fields.get("general.architecture"))
     if arch not in ("llama", "qwen2", "qwen3"):
         raise UnsupportedError(f"{path}: architecture {arch!r} is not supported in GGUF files; llama, qwen2 and qwen3 are")
+    stored, shapes = _stored(path, spans), {name: span.shape for name, span in spans.items()}
     hf = _hf_config(Fields(_strip(fields, f"{arch}."), str(path)), arch, shapes)
     if _FACTORS in stored:
-        hf["rope_scaling"] = _llama3_scaling(path, read(_FACTORS), hf)
+        hf["rope_scaling"] = _llama3_scaling(path, stored[_FACTORS].read(), hf)
     kind = family(hf["model_type"])
     config = kind.config(hf)
     weights = tuple(_translate(weight, config, arch) for weight in kind.weights(config))
     tokens = Fields(_strip(fields, "tokenizer.ggml."), str(path))
     ends = dict.fromkeys(tokens.integer(key) for key in ("eos_token_id", "eot_token_id") if key in tokens)
     bos = tokens.integer("bos_token_id") if "bos_token_id" in tokens else None
-    return Checkpoint(path, config, weights, shapes, read, (_FACTORS,), tuple(ends), bos)
+    return Checkpoint(path, config, weights, stored, (_FACTORS,), tuple(ends), bos)
 
 
-def _value(field: gguf.ReaderField) -> object:
-    """A metadata value. Numbers are stored as fp32: the shortest decimal that is the same fp32 is the one that was meant."""
-    value: object = field.contents()
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+def _stored(path: Path, spans: Mapping[str, Span]) -> dict[str, Stored]:
+    """The tensors of the file, which is mapped."""
+    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    stored: dict[str, Stored] = {}
+    for name, span in spans.items():
+        kind = span.kind.name
+        if kind not in (*_PLAIN, *PACKED, *_DEQUANTIZED):
+            readable = ", ".join(sorted((*_PLAIN, *PACKED, *_DEQUANTIZED)))
+            raise UnsupportedError(f"{path}: {name} is stored as {kind}; {readable} are read")
+        raw = data[span.start : span.start + span.num_bytes]
+        dtype = None if kind in PACKED and len(span.shape) == 2 else _PLAIN.get(kind, torch.float16)
+        stored[name] = Stored(span.shape, dtype, partial(_read, raw, span))
+    return stored
+
+
+def _read(raw: Tensor, span: Span) -> Tensor | LowBit:
+    kind = span.kind.name
+    if kind in _PLAIN:
+        return raw.view(_PLAIN[kind]).view(span.shape)
+    if kind in PACKED and len(span.shape) == 2:
+        matrix = PACKED[kind](raw.view(span.shape[0], -1, GGML_QUANT_SIZES[span.kind][1]))
+        # No quantizer writes -128, and `LowBit` leaves it out, because kernels that take absolute values cannot hold its own.
+        return matrix.dense() if matrix.bits == 8 and int(matrix.q.min()) == -128 else matrix
+    # The package works on 16 rows at a time, so longer rows save most of its overhead.
+    long_rows = raw.numpy().reshape(math.gcd(span.shape[0], 64), -1)
+    return torch.from_numpy(quants.dequantize(long_rows, span.kind)).view(span.shape)
 
 
 def _strip(fields: Mapping[str, object], prefix: str) -> dict[str, object]:
@@ -185,8 +178,10 @@ def _hf_scaling(fields: Fields, kind: str) -> dict[str, object]:
     return scaling
 
 
-def _llama3_scaling(path: Path, divisor_R: Tensor, hf: Mapping[str, object]) -> dict[str, object]:
+def _llama3_scaling(path: Path, divisor_R: Tensor | LowBit, hf: Mapping[str, object]) -> dict[str, object]:
     """The Llama-3 scaling whose effect is these divisors of the frequencies. All released models share all numbers but the factor."""
+    if isinstance(divisor_R, LowBit):
+        raise UnsupportedError(f"{path}: {_FACTORS} is a matrix; a list of divisors is expected")
     head_width, factor = 2 * len(divisor_R), float(divisor_R.max())
     bands = Llama3Scaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192)
     plain_R, _ = ops.rope_frequencies(Rope.parse({"theta": hf["rope_theta"]}), head_width)

@@ -76,7 +76,7 @@ def test_configurations_as_published() -> None:
     ("hf", "message"),
     [
         (DECODER | {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; 'silu' or 'swish' is"),
-        (DECODER | {"quantization_config": {"bits": 4}}, "quantization_config.*unquantized one or a GGUF"),
+        (DECODER | {"quantization_config": {"bits": 4}}, "quantization_config.*compressed-tensors and GGUF are read"),
         (DECODER | {"auto_map": {"AutoModel": "x.Y"}}, "auto_map.*never run"),
         (DECODER | {"num_local_experts": 8}, "num_local_experts.*mixtures of experts"),
         (DECODER | {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),

@@ -25,7 +25,7 @@ _NEUTRAL = """
 """
 _REFUSED = {
     "auto_map": "code that comes with a checkpoint is never run; use a checkpoint of a built-in family",
-    "quantization_config": "quantized checkpoints are not read; use the unquantized one or a GGUF file",
+    "quantization_config": "of quantized checkpoints, compressed-tensors and GGUF are read; use one of them or the unquantized one",
     "num_local_experts": "mixtures of experts are not built",
     "num_experts": "mixtures of experts are not built",
 }
@@ -75,6 +75,10 @@ class Fields:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self._wrong(name, value, "a list of strings")
         return value
+
+    def names(self) -> list[str]:
+        """The keys that nobody took yet."""
+        return list(self._left)
 
     def section(self, name: str) -> Fields | None:
         """The object under `name`, to be taken and finished by itself; None if there is none."""

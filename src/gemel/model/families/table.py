@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 
 class Form(Protocol):
-    """A reversible way from a checkpoint's tensors to one of ours."""
+    """A reversible way from a checkpoint's tensors to one of ours.
+
+    `by_rows` says that rows are only put in another order, so that whatever there is one of per row goes the same way.
+    """
+
+    by_rows: ClassVar[bool]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Theirs to ours."""
@@ -30,6 +35,7 @@ class Form(Protocol):
 class Stacked:
     """Parts that lie below each other, with so many rows each; a single part is taken as it is."""
 
+    by_rows: ClassVar[bool] = True
     rows: tuple[int, ...]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
@@ -45,6 +51,8 @@ class Stacked:
 class Transposed:
     """A matrix stored as [inputs, outputs]."""
 
+    by_rows: ClassVar[bool] = False
+
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Swap the axes."""
         return parts[0].t()
@@ -58,6 +66,7 @@ class Transposed:
 class Interleaved:
     """Fused queries, keys and values stored head by head: [heads, 3, head_width] rows instead of [3, heads, head_width]."""
 
+    by_rows: ClassVar[bool] = True
     num_heads: int
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
