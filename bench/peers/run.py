@@ -1,11 +1,12 @@
 """Gemel and its peers on the same work, side by side: one process per engine and round, the rounds of all engines interleaved.
 
     python bench/peers/run.py --model DIR [--workload FILE] [--peers gemel,transformers,vllm,llamacpp,openvino]
-                              [--work decode,prefill,throughput,prefix] [--repeat 3] [--markdown | --json] [--out FILE]
+                              [--work decode,prefill,throughput,prefix,serve] [--repeat 3] [--markdown | --json] [--out FILE]
 
-A peer may be named with a precision (`llamacpp:bf16`), also several times; without one it gets what is usually its fastest at 16 or 32 bits
-on this processor. Every process loads, warms up and does all of the work, so a round of one engine never meets a cache that an earlier one
-filled. Every second round goes through the engines backwards: a machine that slowly gets faster or slower favours none of them.
+A peer may be named with a precision (`llamacpp:q8_0`), also several times; without one it gets what is usually its fastest at 16 or 32
+bits on this processor. The work `serve` starts a server as people do, where the peer has one. Every process loads, warms up and does all of
+the work, so a round of one engine never meets a cache that an earlier one filled. Every second round goes through the engines backwards: a
+machine that slowly gets faster or slower favours none of them.
 The last line of stdout is one JSON object.
 """
 
@@ -28,17 +29,24 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)  # instead of this folder, whose modules are named after the packages that they drive
 sys.path.insert(1, str(ROOT / "src"))
 
-from bench.peers import prepare, protocol, table  # noqa: E402
+from bench.peers import prepare, protocol, serving, table  # noqa: E402
 
 from gemel.ops import hardware  # noqa: E402
 
 # What is usually fastest at 16 or 32 bits: with bf16 instructions, and without.
 PRECISIONS = {
-    "gemel": ("bfloat16", "float32"),
+    "gemel": ("bfloat16", "bfloat16"),
     "transformers": ("bfloat16", "float32"),
     "vllm": ("bfloat16", "float32"),
     "llamacpp": ("bf16", "f16"),
     "openvino": ("fp16", "fp16"),
+}
+KNOWN = {
+    "gemel": tuple(serving.GEMEL),
+    "transformers": ("float32", "bfloat16"),
+    "vllm": ("float32", "bfloat16", "int8"),
+    "llamacpp": ("f32", "f16", "bf16", *prepare.QUANTIZED),
+    "openvino": ("fp32", "fp16", "int8", "int4"),
 }
 
 
@@ -81,8 +89,8 @@ def _arguments() -> argparse.Namespace:
     if args.table:
         return args
     args.variants, args.once = (_variants(parser, names) for names in (args.peers, args.once))
-    if unknown := [name for name in args.work.split(",") if name not in protocol.WORK]:
-        parser.error(f"there is no work {unknown[0]!r}; there is {', '.join(protocol.WORK)}")
+    if unknown := [name for name in args.work.split(",") if name not in (*protocol.WORK, "serve")]:
+        parser.error(f"there is no work {unknown[0]!r}; there is {', '.join(protocol.WORK)}, serve")
     if missing := [name for name in args.once if name not in args.variants]:
         parser.error(f"--once {missing[0]} is not among --peers {','.join(args.variants)}")
     if args.model is None or not (args.model / "config.json").exists():
@@ -100,6 +108,8 @@ def _variants(parser: argparse.ArgumentParser, names: str) -> list[str]:
         peer, _, precision = name.partition(":")
         if peer not in PRECISIONS:
             parser.error(f"there is no peer {peer!r}; there is {', '.join(PRECISIONS)}")
+        if precision and precision not in KNOWN[peer]:
+            parser.error(f"{peer} is not measured in {precision!r}; it is in {', '.join(KNOWN[peer])}")
         variants.append(f"{peer}:{precision or PRECISIONS[peer][0 if hardware.native_bf16() else 1]}")
     return variants
 
@@ -162,21 +172,20 @@ class _Clocks:
         return max(others_s, 0.0) / ((self.wall_s - before.wall_s) * (os.cpu_count() or 1))
 
 
-def _run(variant: str, python: Path, model: Path, args: argparse.Namespace) -> Sequence[dict[str, object]]:
-    """One process; what it measured, or what it said last if it failed."""
+def _run(variant: str, python: Path, model: Path, args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """What a round of one variant measured: one process for the engine, one more that starts its server if that was asked for."""
     peer, _, precision = variant.partition(":")
-    command = [
-        str(python),
-        "-m",
-        f"bench.peers.{peer}",
-        "--model",
-        str(model),
-        "--workload",
-        str(args.workload.resolve()),
-        "--work",
-        args.work,
-    ]
-    command += ["--precision", precision, "--threads", str(args.threads), "--spawned", str(time.time())]
+    work = args.work.split(",")
+    common = ["--model", str(model), "--precision", precision, "--threads", str(args.threads)]
+    if "serve" in work and peer in serving.COMMANDS:
+        yield from _process([str(python), "-m", "bench.peers.serving", "--peer", peer, *common], peer, args)
+    if work := [name for name in work if name != "serve"]:
+        task = ["--workload", str(args.workload.resolve()), "--work", ",".join(work), "--spawned", str(time.time())]
+        yield from _process([str(python), "-m", f"bench.peers.{peer}", *common, *task], peer, args)
+
+
+def _process(command: list[str], peer: str, args: argparse.Namespace) -> Sequence[dict[str, object]]:
+    """The lines that one process printed, and what it said last if it failed."""
     paths = [str(ROOT)] + ([str(ROOT / "src")] if peer == "gemel" else [])
     # OMP_NUM_THREADS reaches the thread pools that an engine's own setting does not.
     settings = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}

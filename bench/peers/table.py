@@ -71,6 +71,10 @@ _TITLES = {
     "prefix.total_s": "shared prefix, s",
     "start.seconds": "start to first token, s",
     "memory.peak_mb": "peak memory, MB",
+    "serve.ready_s": "server ready, s",
+    "serve.first_token_s": "server's first token, s",
+    "serve.ready_mb": "server when ready, MB",
+    "serve.full_context_mb": "server with 4,096 tokens, MB",
 }
 
 
@@ -120,7 +124,9 @@ def _note(variant: str, summary: Summary) -> str:
     note = f"- {variant}: {versions}; {summary['precision']}; {settings}; {summary['threads']} threads."
     if "plan" in summary:
         plan: Mapping[str, float] = summary["plan"]  # type: ignore[assignment]
-        note += f" Plan from {plan['read_bytes_per_s'] / 1e9:.1f} GB/s read, {plan['flops_per_s'] / 1e9:.0f} GFLOP/s."
+        peaks: Mapping[str, float] = plan["flops_per_s"]  # type: ignore[assignment]
+        rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {arithmetic}" for arithmetic, rate in peaks.items())
+        note += f" Plan from {plan['read_bytes_per_s'] / 1e9:.1f} GB/s read, {rates}."
     return note
 
 

@@ -25,13 +25,18 @@ class VLLM:
         import vllm
 
         self._sampling = vllm.SamplingParams
+        dtype = "bfloat16" if setup.precision == "int8" else setup.precision  # of everything but W8A8's matrices
         model = str(Path(setup.model))
-        self._engine = vllm.LLM(
-            model, dtype=setup.precision, max_model_len=MAX_CONTEXT, enforce_eager=True, skip_tokenizer_init=True
-        ).llm_engine
+        self._engine = vllm.LLM(model, dtype=dtype, max_model_len=MAX_CONTEXT, enforce_eager=True, skip_tokenizer_init=True).llm_engine
         self._calls = 0
-        self.precision = f"{setup.precision} weights, KV and arithmetic"
-        self.settings: dict[str, object] = {"enforce_eager": True, "KV pool GiB": KV_GIB, "max_model_len": MAX_CONTEXT}
+        self.precision = f"{setup.precision} weights, {dtype} KV"
+        weights = round(sum(file.stat().st_size for file in setup.model.glob("*.safetensors")) / 1e6)
+        self.settings: dict[str, object] = {
+            "weights MB": weights,
+            "enforce_eager": True,
+            "KV pool GiB": KV_GIB,
+            "max_model_len": MAX_CONTEXT,
+        }
         self.versions = {"vllm": vllm.__version__, "torch": torch.__version__}
 
     def run(self, jobs: Sequence[protocol.Job]) -> list[protocol.Span]:

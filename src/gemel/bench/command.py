@@ -8,30 +8,54 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gemel.bench.report import Figure
     from gemel.bench.roofline import Rates
     from gemel.bench.subject import Subject
     from gemel.config.engine import EngineConfig
 
-BENCHMARKS = {
+TIMED = {
     "decode": "one stream: tokens per second after the first token",
     "prefill": "one prompt: prompt tokens per second until the first output token",
     "throughput": "many requests at once: output tokens per second, time to first token, time per token",
     "prefix": "many requests whose prompts start alike: as throughput, and how much was not computed again",
 }
+BENCHMARKS = TIMED | {
+    "step": "steps of one and of many streams: where each microsecond of them goes",
+    "quality": "perplexity of a text, and how far the model's distributions are from fp32's",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option that some benchmarks have; given to another one it is refused, not ignored."""
+
+    name: str
+    parse: Callable[[str], object]
+    default: object
+    benchmarks: Collection[str]
+    help: str
+    metavar: str = "N"
+
+    @property
+    def flag(self) -> str:
+        """As it is written on the command line."""
+        return f"--{self.name}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what a benchmark is asked; the model and the engine are the caller's to choose."""
     parser.add_argument("benchmark", choices=BENCHMARKS, help="; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items()))
-    parser.add_argument("--workload", type=Path, metavar="FILE", help="JSON workload; default: a small one made to fit the model")
-    parser.add_argument("--repeat", type=_count, default=3, metavar="N", help="how often each run is timed (default %(default)s)")
+    for option in OPTIONS:
+        shown = "" if option.default is None else f" (default: {option.default})"
+        whose = "" if option.benchmarks is TIMED else f"{', '.join(option.benchmarks)}: "
+        parser.add_argument(
+            option.flag, type=option.parse, metavar=option.metavar, default=argparse.SUPPRESS, help=whose + option.help + shown
+        )
     parser.add_argument("--json", action="store_true", help="print only the JSON object")
     parser.add_argument("--profile", action="store_true", help="afterwards, show which operators one more run spends its time in")
 
@@ -43,9 +67,54 @@ def _count(text: str) -> int:
     return value
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(part) for part in text.split(","))
+
+
+OPTIONS = (
+    Option("workload", Path, None, TIMED, "JSON workload; default: a small one made to fit the model", "FILE"),
+    Option("repeat", _count, 3, TIMED, "how often each run is timed"),
+    Option("batch", _counts, "1,64", ("step",), "numbers of streams", "N,..."),
+    Option("context", _count, 128, ("step",), "tokens that each stream has already", "TOKENS"),
+    Option("steps", _count, 64, ("step",), "how many steps are taken apart"),
+    Option("text", Path, None, ("quality",), "UTF-8 text; default: docstrings of Python's standard library", "FILE"),
+    Option("window", _count, 256, ("quality",), "the text is cut into windows of so many tokens", "TOKENS"),
+    Option("tokens", _count, 16384, ("quality",), "so much of the text is scored at most", "TOKENS"),
+)
+
+
+def _settle(args: argparse.Namespace) -> argparse.Namespace:
+    """Options with their defaults. Raises ConfigError for one that the benchmark does not have."""
+    from gemel.config.errors import ConfigError
+
+    settled = vars(args).copy()
+    for option in OPTIONS:
+        if args.benchmark in option.benchmarks:
+            default = option.parse(option.default) if isinstance(option.default, str) else option.default
+            settled.setdefault(option.name, default)
+        elif option.name in settled:
+            raise ConfigError(f"{option.flag} has no effect on {args.benchmark}; it belongs to: {', '.join(option.benchmarks)}")
+    if args.profile and args.benchmark == "quality":
+        raise ConfigError("--profile has no effect on quality; `gemel bench step --profile` shows where time goes")
+    return argparse.Namespace(**settled)
+
+
 def run(args: argparse.Namespace, name: str, path: Path, config: EngineConfig) -> int:
-    """Load the model at `path`, warm up, measure, plan, print. Raises ConfigError for what the user can mend."""
-    from gemel.bench import machine, suite, workload
+    """Load the model at `path`, measure, plan, print. Raises ConfigError for what the user can mend."""
+    args = _settle(args)
+    head: dict[str, object] = {"benchmark": args.benchmark, "model": name}
+    match args.benchmark:
+        case "step":
+            _run_step(args, head, path, config)
+        case "quality":
+            _run_quality(args, head, path, config)
+        case _:
+            _run_timed(args, head, path, config)
+    return 0
+
+
+def _run_timed(args: argparse.Namespace, head: dict[str, object], path: Path, config: EngineConfig) -> None:
+    from gemel.bench import machine, report, suite, workload
     from gemel.bench.subject import Subject
 
     given = workload.load(args.workload) if args.workload else None  # a mistake should not wait for the model
@@ -56,24 +125,78 @@ def run(args: argparse.Namespace, name: str, path: Path, config: EngineConfig) -
     peak_bytes = machine.peak_memory_bytes()  # before the probes of `rates` allocate theirs
     if args.profile:
         print(suite.profile(subject, args.benchmark, work), file=sys.stderr if args.json else sys.stdout)
-    rates = machine.rates(subject.device, subject.dtype)
+    rates = machine.rates(subject.device, subject.storage.arithmetics)
     figures = suite.compare(subject, args.benchmark, work, repeats, rates, peak_bytes)
-    head = {"benchmark": args.benchmark, "model": name, "workload": work.name, "repeat": args.repeat}
-    _print(head, subject, rates, figures, only_json=args.json)
-    return 0
+    _print(
+        head | {"workload": work.name, "repeat": args.repeat},
+        subject,
+        rates,
+        ["" if args.json else report.table(figures)],
+        {"figures": {name: figure.as_json() for name, figure in figures.items()}},
+        only_json=args.json,
+    )
 
 
-def _print(head: dict[str, object], subject: Subject, rates: Rates, figures: Mapping[str, Figure], *, only_json: bool) -> None:
+def _run_step(args: argparse.Namespace, head: dict[str, object], path: Path, config: EngineConfig) -> None:
+    from gemel.bench import machine, report, step
+    from gemel.bench.subject import Subject
+    from gemel.llm.engine import TextEngine
+    from gemel.tokenizer.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(path)
+    subject = Subject.open(path, config)
+    text = TextEngine(subject.engine, tokenizer)
+    rates = machine.rates(subject.device, subject.storage.arithmetics)
+    cost, read = subject.cost(rates), rates.read_bytes_per_s
+    profiles = [step.profile(text, cost, batch, args.context, args.steps) for batch in args.batch]
+    lines = []
+    for profile in profiles:
+        lines += [step.summary(profile), report.aligned(step.table(profile, read)), ""]
+    if args.profile and not profiles[0].native:
+        lines.append(step.operators(text, cost, args.batch[-1], args.context))
+    _print(head, subject, rates, lines, {"batches": [step.as_json(profile, read) for profile in profiles]}, only_json=args.json)
+
+
+def _run_quality(args: argparse.Namespace, head: dict[str, object], path: Path, config: EngineConfig) -> None:
+    from gemel.bench import machine, quality, report
+    from gemel.bench.subject import Subject
+    from gemel.tokenizer.tokenizer import Tokenizer
+
+    text, source = quality.read(args.text)
+    windows = quality.windows(text, Tokenizer.load(path), args.window, args.tokens)
+    tested = Subject.open(path, quality.scoring(config, args.window, len(windows)))
+    reference = Subject.open(path, quality.reference(tested.config))
+    figures = quality.score(
+        reference.engine.runner, tested.engine.runner, windows, tested.config.max_running, config.block_tokens
+    ).figures()
+    rates = machine.rates(tested.device, tested.storage.arithmetics)
+    _print(
+        head | {"text": source, "window": args.window, "windows": len(windows)},
+        tested,
+        rates,
+        ["planned: what fp32 through torch gives", report.table(figures)],
+        {"figures": {name: figure.as_json() for name, figure in figures.items()}},
+        only_json=args.json,
+    )
+
+
+def _print(
+    head: Mapping[str, object], subject: Subject, rates: Rates, lines: Sequence[str], result: Mapping[str, object], *, only_json: bool
+) -> None:
+    """The machine, the setting and the limits, then `lines`; last one JSON object with all of it."""
     import torch
 
-    from gemel.bench import machine, report
+    from gemel.bench import machine
 
     here, threads, dtype = machine.describe(), torch.get_num_threads(), str(subject.dtype).removeprefix("torch.")
     if not only_json:
         print(f"{head['model']}, {dtype}, {here.accelerator or here.cpu}, {threads} threads, load average {here.load:.1f}")
-        print(f"workload {head['workload']}, {head['repeat']} repeats, loaded in {subject.startup_s:.1f} s")
-        print(f"limits measured just now: read {rates.read_bytes_per_s / 1e9:.1f} GB/s, multiply {rates.flops_per_s / 1e9:.0f} GFLOP/s\n")
-        print(report.table(figures) + "\n")
-    run = head | {"dtype": dtype, "device": str(subject.device), "threads": threads, "startup_s": subject.startup_s}
-    setting = {"engine": subject.config.model_dump(mode="json"), "machine": asdict(here), "rates": asdict(rates)}
-    print(json.dumps(run | setting | {"figures": {name: figure.as_json() for name, figure in figures.items()}}))
+        print(", ".join(f"{name} {getattr(subject.config, name)}" for name in ("weights", "activations", "kv", "kernels")))
+        print("\n".join(f"{each.name}: {each.value} ({each.reason})" for each in subject.engine.derived))
+        print(", ".join(f"{key} {value}" for key, value in head.items() if key != "model") + f", loaded in {subject.startup_s:.1f} s")
+        peaks = ", ".join(f"{arithmetic} {rate / 1e9:.0f} GFLOP/s" for arithmetic, rate in rates.flops_per_s.items())
+        print(f"limits measured just now: read {rates.read_bytes_per_s / 1e9:.1f} GB/s, multiply {peaks}\n")
+        print("\n".join(lines) + "\n")
+    setting = {"dtype": dtype, "device": str(subject.device), "threads": threads, "startup_s": subject.startup_s}
+    setting |= {"engine": subject.config.model_dump(mode="json"), "machine": asdict(here), "rates": asdict(rates)}
+    print(json.dumps({**head, **setting, **result}))

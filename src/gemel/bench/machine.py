@@ -1,7 +1,8 @@
-"""What machine this is, and the two rates that bound a language model on it, measured through torch.
+"""What machine this is, and the rates that bound a language model on it: reading memory, and multiplying matrices in each arithmetic.
 
-Both are taken on the device and with the threads that the benchmark used, in the same process: a figure from a data sheet, or from a quiet
-hour, would say little about the run it is compared with.
+All are taken on the device and with the threads that the benchmark used, in the same process: a figure from a data sheet, or from a quiet
+hour, would say little about the run it is compared with. The rate of an arithmetic is the best that torch or the native kernels reach with
+a large product; `bench/kernels.py` measures what the processor's multipliers could do beyond that.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ from __future__ import annotations
 import os
 import platform
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import torch
 
+from gemel.bench.product import Product, Team
 from gemel.bench.roofline import Rates
 from gemel.ops import hardware
+from gemel.ops.cpu import native
 
 _PROBE_BYTES = 256 * 2**20  # several times the last-level cache of the machines we know, so that memory is what is read
 _REPEATS = 7
+_ROWS = 1024  # of the products
+_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +58,36 @@ def describe() -> Machine:
     )
 
 
-def rates(device: torch.device, dtype: torch.dtype, rows: int = 1024) -> Rates:
-    """Measure read bandwidth (a sum over memory) and the rate of a square matrix product of `rows`, each as the best of several."""
+def rates(device: torch.device, arithmetics: Sequence[str]) -> Rates:
+    """Measure read bandwidth (a sum over memory) and the rate of a large product in each of `arithmetics`, as the best of several.
+
+    No arithmetic is rated below fp32: its operands could always be widened.
+    """
     buffer = torch.ones(_PROBE_BYTES // 4, dtype=torch.float32, device=device)
     read_s = _best_s(buffer.sum, device)
     del buffer
-    left, right = (torch.randn(rows, rows, device=device).to(dtype) for _ in range(2))
-    multiply_s = _best_s(lambda: left @ right, device)
-    return Rates(_PROBE_BYTES / read_s, 2 * rows**3 / multiply_s)
+    flops_per_s = {arithmetic: max(_peaks(arithmetic, device), default=0.0) for arithmetic in {*arithmetics, "float32"}}
+    widened = {arithmetic: max(rate, flops_per_s["float32"]) for arithmetic, rate in flops_per_s.items()}
+    return Rates(_PROBE_BYTES / read_s, {arithmetic: widened[arithmetic] for arithmetic in sorted(arithmetics)})
 
 
-def _best_s(work: Callable[[], torch.Tensor], device: torch.device) -> float:
+def _peaks(arithmetic: str, device: torch.device) -> Iterator[float]:
+    """Operations per second through each route there is, but for those that would emulate the arithmetic and take minutes for it."""
+    flops = 2 * _ROWS**3
+    has_int8 = any(name in hardware.isa() for name in _INT8)
+    if device.type == "cuda" or {"bfloat16": hardware.native_bf16(), "int8": has_int8}.get(arithmetic, True):
+        left, right = (torch.ones(_ROWS, _ROWS, device=device).to(getattr(torch, arithmetic)) for _ in range(2))
+        multiply = torch._int_mm if arithmetic == "int8" else torch.mm
+        yield flops / _best_s(partial(multiply, left, right), device)
+    library, _ = native.find()
+    if device.type == "cpu" and library is not None and arithmetic != "float16":
+        team = Team(library, torch.get_num_threads())
+        product, x_MK, y_MN = Product(team, arithmetic, _ROWS, _ROWS), torch.ones(_ROWS, _ROWS), torch.empty(_ROWS, _ROWS)
+        yield flops / _best_s(partial(product, x_MK, y_MN), device)
+        team.close()
+
+
+def _best_s(work: Callable[[], object], device: torch.device) -> float:
     """The shortest of several runs: noise only ever adds time, and a plan is to be the limit."""
     times_s = []
     for _ in range(_REPEATS):

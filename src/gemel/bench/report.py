@@ -37,7 +37,13 @@ def join(repeats: Sequence[Mapping[str, float]], planned: Mapping[str, float]) -
 
 def table(figures: Mapping[str, Figure]) -> str:
     """A table in plain text: figure, measured (min-max), planned, measured / planned."""
-    rows = [("figure", "measured", "min - max", "planned", "measured/planned"), *(_row(name, figure) for name, figure in figures.items())]
+    return aligned(
+        [("figure", "measured", "min - max", "planned", "measured/planned"), *(_row(name, figure) for name, figure in figures.items())]
+    )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equal length under each other, the first of them the head; the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for label, *cells in rows:

@@ -8,7 +8,8 @@ from time import perf_counter
 
 import torch
 
-from gemel.bench.roofline import Rates, StepCost
+from gemel.bench import storage
+from gemel.bench.roofline import Rates, StepCost, Storage
 from gemel.bench.workload import Workload
 from gemel.config.engine import EngineConfig
 from gemel.config.errors import ConfigError
@@ -42,7 +43,7 @@ class Subject:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What weights, keys and values are kept and multiplied in."""
+        """The compute type: what weights that are not low-bit, and keys and values if nothing else was asked for, are kept in."""
         return self.engine.runner.dtype
 
     @property
@@ -50,18 +51,23 @@ class Subject:
         """Where the engine computes."""
         return self.engine.runner.device
 
+    @property
+    def storage(self) -> Storage:
+        """What weights, keys and values are kept in."""
+        return storage.of(self.engine.runner.model, self.model, kv_format(self.config, self.dtype))
+
     def cost(self, rates: Rates) -> StepCost:
         """What a step of this model costs on a machine of these rates."""
-        return StepCost(self.model, self.dtype.itemsize, rates)
+        return StepCost(self.model, self.storage, rates, self.config.block_tokens)
 
     @property
     def num_blocks(self) -> int:
         """Blocks of the key/value pool."""
         return self.engine.stats().blocks_total
 
-    def planned_memory_bytes(self, cost: StepCost) -> int:
+    def planned_memory_bytes(self, cost: StepCost) -> float:
         """Weights and key/value pool: what must be resident; the interpreter and libraries come on top."""
-        return cost.weight_bytes + self.num_blocks * self.config.block_tokens * cost.kv_bytes_per_token
+        return cost.storage.weight_bytes + self.num_blocks * self.config.block_tokens * cost.storage.kv_bytes_per_token
 
     def check(self, workload: Workload) -> None:
         """Raise ConfigError, before anything is timed, if the workload is not for this model."""
@@ -78,3 +84,8 @@ class Subject:
                 f"workload {workload.name!r} has a job of {longest} tokens, the engine's limit is {self.engine.max_context}: "
                 "raise --max-context, or leave --workload out for one that is made to fit"
             )
+
+
+def kv_format(config: EngineConfig, dtype: torch.dtype) -> str:
+    """What keys and values are kept in: what was set, or the compute type."""
+    return str(dtype).removeprefix("torch.") if config.kv == "auto" else config.kv

@@ -10,15 +10,23 @@ import argparse
 import json
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from gemel.model.build import Peek
 
 HELP = "what hardware, libraries and fast paths were found, and what to do about missing ones"
 EXAMPLE = "gemel doctor"
 
+COMPILER = "c++"  # what the install takes, if the environment does not name another
+REINSTALL = "reinstall gemel with a compiler that knows these instructions"
 MARKS = {"on": "+", "off": "-", "broken": "!", "fact": " "}
 
 
@@ -106,11 +114,19 @@ def fast_paths() -> Iterator[Finding]:
     import torch
 
     from gemel.config.engine import EngineConfig
-    from gemel.engine import place
+    from gemel.engine import lower, place
     from gemel.ops import hardware as probe
 
-    for derived in place.choose(EngineConfig()).derived:
+    config, model = EngineConfig(), _default_model()
+
+    def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+        return None if model is None else lower.reason(model.config, config, device, dtype)
+
+    where = place.choose(config, model.stored if model else torch.bfloat16, lambda device, dtype: why_not(device, dtype) is None)
+    for derived in where.derived:
         yield Finding("fast paths", derived.name, "fact", f"{derived.value} ({derived.reason})")
+    yield from kernels()
+    yield _native_step(model is not None, why_not(where.device, where.dtype))
     simd = torch.backends.cpu.get_cpu_capability()
     yield Finding("fast paths", "vector code", "off" if simd in ("DEFAULT", "NO AVX") else "on", f"PyTorch uses {simd}")
     yield from _choice(
@@ -126,6 +142,43 @@ def fast_paths() -> Iterator[Finding]:
         "nothing to do: fp32 is faster here than emulated bf16; processors with avx512_bf16 or amx_bf16 have it",
     )
     yield from _cuda()
+
+
+def kernels() -> Iterator[Finding]:
+    """The compiled CPU kernels: which variant runs here, and why not a better one."""
+    from gemel.ops import hardware as probe
+    from gemel.ops.cpu import native
+
+    library, found = native.find()
+    if library is None:
+        why, _, mend = found.partition(": ")
+        compiler = shutil.which(COMPILER)
+        has = f"{compiler} is here" if compiler else f"there is no {COMPILER} on the PATH; CXX may name another"
+        yield Finding("fast paths", "CPU kernels", "off", why, f"{mend} ({has})")
+        return
+    better = list(native.VARIANTS)[: list(native.VARIANTS).index(found)]
+    missing = {name: [need for need in native.VARIANTS[name] if need not in probe.isa()] for name in better}
+    lacks = [f"{name} needs {', '.join(needs)}" for name, needs in missing.items() if needs]
+    yield Finding("fast paths", "CPU kernels", "on", "; ".join([found, *lacks]))
+    for name in (name for name, needs in missing.items() if not needs):
+        yield Finding("fast paths", f"{name} kernels", "off", "the processor could run them, but they were not compiled", REINSTALL)
+
+
+def _native_step(known: bool, why_not: str | None) -> Finding:
+    """Whether the default model runs as one native program."""
+    if not known:
+        return Finding("fast paths", "native step", "off", "not known before there is a model", "gemel pull")
+    if why_not is None:
+        return Finding("fast paths", "native step", "on", "the default model runs as one call per step")
+    return Finding("fast paths", "native step", "off", f"the model runs in PyTorch: {why_not}", "see what is said of the CPU kernels")
+
+
+def _default_model() -> Peek | None:
+    """What the default model's files say, if they are here and whole."""
+    from gemel.llm import store
+    from gemel.model import build
+
+    return build.peek(store.directory(store.DEFAULT)) if store.state(store.DEFAULT) is store.State.READY else None
 
 
 def _choice(good: bool, name: str, values: tuple[str, str], advice: str) -> Iterator[Finding]:

@@ -25,6 +25,7 @@ from gemel.model.build import LoadedModel
 from gemel.model.leaves.prepacked import prepack
 from gemel.ops import hardware
 from gemel.ops.cpu import native
+from gemel.ops.cpu.program import Program
 
 KV_SHARE = 0.25  # of free memory, when nothing was asked for
 KV_MOST_BYTES = 4 * GIB  # more is only taken when asked for
@@ -75,6 +76,7 @@ class Runner:
         if why_not and config.kernels == "native":
             raise ConfigError(f"kernels = 'native', but {why_not}; set kernels = 'auto' to run in torch")
         self.native = why_not is None
+        self.model, self.device, self.dtype = loaded.model, device, dtype
         kv = str(dtype).removeprefix("torch.") if config.kv == "auto" else config.kv
         if why_not and kv == "int8":
             raise ConfigError(f"kv = 'int8' needs the native kernels, but {why_not}; set kv = 'auto'")
@@ -93,6 +95,11 @@ class Runner:
             if self.native
             else TorchStep(loaded, self.num_blocks, config, device, _TORCH[kv])
         )
+
+    @property
+    def program(self) -> Program | None:
+        """What runs the steps, if it is native; it counts the time of its operations."""
+        return self.step.program if isinstance(self.step, NativeStep) else None
 
     def run(self, plan: StepPlan) -> Logits:
         """Compute the plan's tokens. Returns one row of logits per scheduled sequence that samples, in the plan's order."""
