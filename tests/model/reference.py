@@ -34,6 +34,11 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("Bloom", {"vocab_size": VOCAB, "hidden_size": 36, "n_layer": 3, "n_head": 6}),
 }
 FAMILIES = tuple(_FAMILIES)
+WIDE: dict[str, dict[str, Any]] = {  # changes with which groups of 32 divide every width; some more biases on the way
+    "llama": {"attention_bias": True},
+    "mistral": {"head_dim": 16},
+    "bloom": {"hidden_size": 64, "n_head": 4},
+}
 
 
 def reference(family: str, **changes: Any) -> Any:

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from gemel.config.errors import CheckpointError, ConfigError, UnsupportedError
 from gemel.config.model import DynamicNTK, Rope
 from gemel.model import checkpoint
-from gemel.model.build import LoadedModel, load, save
+from gemel.model.build import LoadedModel, Peek, load, peek, save
+from gemel.model.leaves.linear import Leaf, Linear
+from gemel.model.leaves.lowbit import LowBitLinear, quantize
 from gemel.model.model import Model
-from tests.model.reference import logits, same_weights, tokens
+from tests.model.reference import FAMILIES, VOCAB, WIDE, logits, same_weights, save_reference, tokens
 from tests.model.test_model import SMALL
 from tests.tolerance import assert_close
 
@@ -241,3 +243,54 @@ def test_end_tokens_that_are_no_ids(copied: Path) -> None:
     (copied / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(CheckpointError, match="eos_token_id = '</s>' is not a token id"):
         load(copied)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_rounded_on_loading(family: str, tied: bool, tmp_path: Path) -> None:
+    save_reference(tmp_path, family, tie_word_embeddings=tied, **WIDE.get(family, {}))
+    plain = load(tmp_path)
+    for weights, group in (("int8", 32), ("int4", 32)):
+        low = load(tmp_path, dtype=torch.bfloat16, weights=weights, group=group, activations="full")  # type: ignore[arg-type]
+        leaves = {name: leaf for name, leaf in low.model.named_modules() if isinstance(leaf, Leaf)}
+        assert len(leaves) == 3 * 4 + 1 and not low.config.tied_head and low.model.config == low.config
+        for name, leaf in leaves.items():
+            dense = plain.model.get_submodule(name)
+            want = quantize(dense.weight, 4, group) if weights == "int4" and name != "head" else quantize(dense.weight, 8)  # type: ignore[arg-type]
+            assert isinstance(leaf, LowBitLinear) and isinstance(dense, Linear) and leaf.sections == dense.sections
+            assert torch.equal(leaf.q, want.q) and torch.equal(leaf.scale, want.scale) and leaf.activations == "full"
+            assert (leaf.bias is None) == (dense.bias is None)
+            assert leaf.bias is None or torch.equal(leaf.bias, dense.bias.bfloat16())
+        assert {parameter.dtype for parameter in low.model.parameters()} == {torch.bfloat16}
+        assert torch.equal(low.model.embed.weight, plain.model.embed.weight.bfloat16())
+        with torch.inference_mode():
+            assert logits(low.model, tokens(9)).shape == (9, VOCAB)
+
+
+def test_a_group_that_does_not_divide_is_refused_with_the_matrix(saved: Path) -> None:
+    match = r"q_proj\.weight and .*: rows of 32 elements do not divide into groups of 64; groups that do: 32"
+    with pytest.raises(ConfigError, match=match):
+        load(saved, weights="int4", group=64)
+    load(saved, weights="int4", group=32)
+    with pytest.raises(ConfigError, match="weights = 'int2' is not known; auto, dense, int8, int4 are"):
+        load(saved, weights="int2")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_what_cannot_be_rounded_is_named(weights: Literal["int8", "int4"], copied: Path) -> None:
+    edit_tensors(copied, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[5].fill_(torch.nan))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        load(copied, weights=weights)
+
+
+def test_rounding_leaves_the_file_alone(saved: Path) -> None:
+    before = (saved / "model.safetensors").read_bytes()
+    low = load(saved, weights="int8")
+    assert (saved / "model.safetensors").read_bytes() == before and torch.equal(low.model.embed.weight, load(saved).model.embed.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_peek_knows_what_is_stored(dtype: torch.dtype, saved: Path, tmp_path: Path) -> None:
+    save(load(saved), tmp_path / "m", dtype=dtype)
+    assert peek(tmp_path / "m") == Peek(SMALL, dtype, False)
+    assert load(tmp_path / "m").stored == dtype

@@ -13,11 +13,11 @@ import torch
 from gemel import ops
 from gemel.config.errors import CheckpointError, UnsupportedError
 from gemel.config.model import Llama3Scaling, ModelConfig, RMSNorm, Rope, Yarn
-from gemel.model.build import LoadedModel, load, save
+from gemel.model.build import LoadedModel, Peek, load, peek, save
 from gemel.model.families import llama
 from gemel.model.gguf_file import RotatesNeighbours, open_gguf
 from gemel.model.gguf_header import read_header
-from gemel.model.leaves.lowbit import LowBit
+from gemel.model.leaves.lowbit import LowBit, LowBitLinear, quantize
 from gemel.model.model import Model
 from tests.model.reference import logits, same_weights, tokens
 from tests.tolerance import assert_close
@@ -79,7 +79,9 @@ def write(
     arch: str = "llama",
     metadata: dict[str, Any] | None = None,
     config: ModelConfig = CONFIG,
+    others: dict[str, Kind] | None = None,
 ) -> None:
+    """Matrices in `kind`, those of `others` in theirs; an array of bytes is taken as packed."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_positions)
@@ -98,8 +100,10 @@ def write(
     for name, value in (metadata or {}).items():
         {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](f"{arch}.{name}", value)
     for name, array in tensors.items():
-        use = Kind.F32 if array.ndim == 1 else kind
-        if use == Kind.F16:
+        use = Kind.F32 if array.ndim == 1 else (others or {}).get(name, kind)
+        if array.dtype == np.uint8:
+            writer.add_tensor(name, array, raw_dtype=use)
+        elif use == Kind.F16:
             writer.add_tensor(name, array.astype(np.float16))
         else:
             writer.add_tensor(name, gguf.quants.quantize(array, use), raw_dtype=use)
@@ -176,15 +180,7 @@ def test_k_quants(kind: Kind, tmp_path: Path) -> None:
     places = (208,) if kind == Kind.Q6_K else (0, 2)
     for place in places:
         packed[:, place : place + 2] = scale
-    writer_quantize = gguf.quants.quantize
-    try:
-        gguf.quants.quantize = lambda array, use: packed if use == kind else writer_quantize(array, use)
-        embedding = {"token_embd.weight": tensors["token_embd.weight"]}
-        with pytest.raises(CheckpointError, match="lacks"):
-            write(tmp_path / "m.gguf", embedding, kind, config=config)
-            load(tmp_path / "m.gguf")
-    finally:
-        gguf.quants.quantize = writer_quantize
+    write(tmp_path / "m.gguf", tensors | {"token_embd.weight": packed}, others={"token_embd.weight": kind}, config=config)
     got = _dense(open_gguf(tmp_path / "m.gguf").stored["token_embd.weight"].read())
     want = torch.from_numpy(gguf.quants.dequantize(packed, kind))
     if kind == Kind.Q4_K:  # products of scales of two levels are rounded to fp16
@@ -192,6 +188,98 @@ def test_k_quants(kind: Kind, tmp_path: Path) -> None:
     else:
         assert torch.equal(got, want)
     assert got.shape == (97, 256) and got.std() > 0
+
+
+def _low_bit(loaded: LoadedModel) -> dict[str, LowBitLinear]:
+    return {name: leaf for name, leaf in loaded.model.named_modules() if isinstance(leaf, LowBitLinear)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"), [(Kind.Q8_0, (8, 32, False)), (Kind.Q4_0, (4, 32, False)), (Kind.Q4_1, (4, 32, True))], ids=lambda x: str(x)
+)
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_matrices_stay_packed(kind: Kind, form: tuple[int, int, bool], arch: str, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"family": arch, "tied_head": True, "qkv_bias": arch == "qwen2"})
+    write(tmp_path / "m.gguf", gguf_tensors(config, model(config), arch), kind, arch=arch, config=config)
+    dense, packed = load(tmp_path / "m.gguf", weights="dense"), load(tmp_path / "m.gguf", activations="full")
+    leaves = _low_bit(packed)
+    assert len(leaves) == 2 * 4 + 1 and not packed.config.tied_head and dense.config.tied_head
+    for name, leaf in leaves.items():
+        assert (leaf.bits, leaf.group, leaf.minimum is not None) == form
+        assert torch.equal(leaf.plain(), dense.model.get_parameter(f"{name}.weight")) and leaf.activations == "full"
+    assert torch.equal(packed.model.embed.weight, dense.model.embed.weight)
+    with torch.inference_mode():
+        assert_close(logits(packed.model, tokens(20)), logits(dense.model, tokens(20)), "fp32_reorder")
+
+
+def test_q4_k_stays_packed(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"width": 256, "num_heads": 4, "head_width": 64, "ffn_width": 256})
+    tensors, random = gguf_tensors(config, model(config), "llama"), np.random.default_rng(0)
+    for name in [name for name in tensors if tensors[name].ndim == 2]:
+        blocks = random.integers(0, 256, (len(tensors[name]), 144), dtype=np.uint8)
+        blocks[:, :2], blocks[:, 2:4] = (np.frombuffer(np.float16(x).tobytes(), np.uint8) for x in (0.001, 0.002))
+        tensors[name] = blocks
+    write(tmp_path / "m.gguf", tensors, Kind.Q4_K, config=config)
+    leaves = _low_bit(load(tmp_path / "m.gguf"))
+    assert len(leaves) == 2 * 4 + 1 and all((leaf.bits, leaf.group) == (4, 32) for leaf in leaves.values())
+    down = torch.from_numpy(gguf.quants.dequantize(tensors["blk.1.ffn_down.weight"], Kind.Q4_K))
+    assert_close(leaves["layers.1.mlp.down"].plain(), down, "fp16_scales")
+    values = torch.from_numpy(gguf.quants.dequantize(tensors["blk.0.attn_v.weight"], Kind.Q4_K))
+    assert_close(leaves["layers.0.attn.qkv"].plain()[-128:], values, "fp16_scales")
+
+
+def test_a_fused_matrix_of_several_types_is_dequantized(tmp_path: Path) -> None:
+    tensors = gguf_tensors(CONFIG, model(), "llama")
+    others = {"blk.0.attn_v.weight": Kind.Q8_0, "blk.1.ffn_up.weight": Kind.Q5_0, "output.weight": Kind.F16}
+    write(tmp_path / "m.gguf", tensors, Kind.Q4_0, others=others)
+    dense, mixed = load(tmp_path / "m.gguf", weights="dense"), load(tmp_path / "m.gguf")
+    plain = {"layers.0.attn.qkv", "layers.1.mlp.gate_up", "head"}
+    assert _low_bit(dense) == {}
+    assert (
+        _low_bit(mixed).keys()
+        == {f"layers.{i}.{leaf}" for i in range(2) for leaf in ("attn.qkv", "attn.out", "mlp.gate_up", "mlp.down")} - plain
+    )
+    for name in plain:
+        assert torch.equal(mixed.model.get_parameter(f"{name}.weight"), dense.model.get_parameter(f"{name}.weight"))
+
+
+def test_a_number_that_low_bit_leaves_out_is_dequantized(tmp_path: Path) -> None:
+    tensors = gguf_tensors(CONFIG, model(), "llama")
+    packed = gguf.quants.quantize(tensors["blk.0.ffn_down.weight"], Kind.Q8_0)
+    packed[5, 2 + 7] = 0x80
+    write(tmp_path / "m.gguf", tensors | {"blk.0.ffn_down.weight": packed}, Kind.Q8_0)
+    loaded = load(tmp_path / "m.gguf")
+    assert "layers.0.mlp.down" not in _low_bit(loaded) and "layers.1.mlp.down" in _low_bit(loaded)
+    assert torch.equal(loaded.model.layers[0].mlp.down.weight, torch.from_numpy(gguf.quants.dequantize(packed, Kind.Q8_0)))
+
+
+def test_packed_matrices_can_be_rounded_anew_and_own_their_memory(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", gguf_tensors(CONFIG, model(), "llama"), Kind.Q8_0)
+    dense, packed = load(tmp_path / "m.gguf", weights="dense"), load(tmp_path / "m.gguf")
+    four = _low_bit(load(tmp_path / "m.gguf", weights="int4"))
+    assert torch.equal(four["layers.0.attn.out"].q, quantize(dense.model.layers[0].attn.out.weight, 4, 32).q) and four["head"].bits == 8
+    before = logits(packed.model, tokens(5))
+    (tmp_path / "m.gguf").write_bytes(b"\0" * (tmp_path / "m.gguf").stat().st_size)
+    assert torch.equal(logits(packed.model, tokens(5)), before)
+
+
+def test_scales_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    tensors = gguf_tensors(CONFIG, model(), "llama")
+    packed = gguf.quants.quantize(tensors["blk.1.attn_k.weight"], Kind.Q4_0)
+    packed[3, :2] = np.frombuffer(np.float16(np.inf).tobytes(), np.uint8)
+    write(tmp_path / "m.gguf", tensors | {"blk.1.attn_k.weight": packed}, Kind.Q4_0)
+    for weights in ("auto", "dense", "int8"):
+        with pytest.raises(CheckpointError, match=r"blk\.1\.attn_k\.weight.*holds NaN or infinity"):
+            load(tmp_path / "m.gguf", weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored", "low_bit"), [(Kind.F32, torch.float32, False), (Kind.BF16, torch.bfloat16, False), (Kind.Q4_0, torch.float16, True)]
+)
+def test_peek(kind: Kind, stored: torch.dtype, low_bit: bool, tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", gguf_tensors(CONFIG, model(), "llama"), kind)
+    assert peek(tmp_path / "m.gguf") == Peek(CONFIG, stored, low_bit)
+    assert load(tmp_path / "m.gguf").stored == stored
 
 
 def test_other_types_are_refused_by_name(tmp_path: Path) -> None:
