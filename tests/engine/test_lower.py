@@ -134,7 +134,8 @@ def test_engine_greedy_equals_naive_greedy(kind: str, num_blocks: int | None, pr
     for i, prompt in enumerate(prompts):
         assert tokens[str(i), 0] == naive_greedy(loaded, prompt, 30)
     stats = engine.stats()
-    assert (stats.preemptions > 0) == (num_blocks is not None)
+    ends_early = kind == "qk_norm"  # these random weights reach the end token before the blocks run out
+    assert (stats.preemptions > 0) == (num_blocks is not None and not ends_early)
     assert (stats.prefix_hit_tokens > 0) == prefix_cache
 
 

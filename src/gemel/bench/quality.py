@@ -88,7 +88,7 @@ def scoring(config: EngineConfig, window: int, num_windows: int) -> EngineConfig
 
 def reference(config: EngineConfig) -> EngineConfig:
     """The same room, but weights as stored, and everything computed in fp32 by torch."""
-    exact = {"dtype": "float32", "weights": "auto", "weight_group": None, "kv": "auto", "kernels": "torch"}
+    exact = {"dtype": "float32", "weights": "auto", "weight_group": None, "activations": "full", "kv": "auto", "kernels": "torch"}
     return config.model_copy(update=exact)
 
 

@@ -26,6 +26,7 @@ from gemel.engine import lower, place
 from gemel.engine.beam import BeamSearch, Move, continuations
 from gemel.engine.blocks import BlockPool
 from gemel.engine.logits import Logits
+from gemel.engine.place import Derived
 from gemel.engine.request import EngineStats, FinishReason, Output, Request, Sequence, StepPlan, TokenLogprob
 from gemel.engine.runner import Runner
 from gemel.engine.sample import Row, adjust, sample
@@ -66,7 +67,7 @@ class Engine:
         self.runner = Runner(loaded, config, self.max_context)
         self.pool = BlockPool(self.runner.num_blocks, config.block_tokens, config.prefix_cache, config.cache_salt)
         self.scheduler = Scheduler(config, self.pool, self.max_context)
-        self.derived = self.runner.derived
+        self.derived: tuple[Derived, ...] = self.runner.derived
         self._jobs: dict[str, _Job] = {}
         self._arrivals = itertools.count()
         self._counters = _Counters()

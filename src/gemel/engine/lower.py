@@ -1,8 +1,8 @@
 """Lowering: a model becomes a flat list of native operations, run by one call per step.
 
-It is to the CPU what capturing a graph is to a GPU. The model stays the one definition of what is computed; here its parts are walked once, in
-the order of `Model.forward`, and each becomes an operation that points at its weights. What cannot be expressed is named by `reason` before
-anything is loaded, and then the same step runs in torch.
+It is to the CPU what capturing a graph is to a GPU. The model stays the one definition of what is computed; here its parts are walked once,
+in the order of `Model.forward`, and each becomes an operation that points at its weights. What cannot be expressed is named by `reason`
+before anything is loaded, and then the same step runs in torch.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from gemel import ops
 from gemel.config.engine import EngineConfig
 from gemel.config.errors import UnsupportedError
-from gemel.config.model import Alibi, ModelConfig, Rope
+from gemel.config.model import Alibi, ModelConfig
 from gemel.engine.logits import Logits
 from gemel.engine.request import Scheduled, flatten
 from gemel.model.attention import Attention
+from gemel.model.block import Block
 from gemel.model.ffn import SwiGLU
 from gemel.model.leaves.linear import Leaf, Linear
 from gemel.model.leaves.lowbit import LowBitLinear
 from gemel.model.leaves.native import Arena, NativeLinear, aligned, describe, packed_bytes, unpackable
 from gemel.model.model import Model
-from gemel.model.norm import RMSNorm
+from gemel.model.norm import LayerNorm, RMSNorm
 from gemel.ops.cpu import native
 from gemel.ops.cpu.program import Listing, Program, Stretch
 
@@ -129,6 +130,7 @@ class _Lowering:
         hidden = listing.slot(config.ffn_width)
         self._embed(stream)
         for layer, block in enumerate(self.model.layers):
+            assert isinstance(block, Block)
             self._norm(block.attn_norm, stream, normed)
             self._linear("qkv", block.attn, "qkv", normed, qkv)
             self._attend(layer, block.attn, qkv, mixed)
@@ -152,12 +154,10 @@ class _Lowering:
         if self.model.embed_norm is not None:
             self._norm(self.model.embed_norm, to, to)
 
-    def _norm(self, norm: nn.Module, from_: int, to: int) -> None:
-        scale, shift = self._fp32(norm.weight), getattr(norm, "bias", None)
-        eps = norm.eps
-        assert isinstance(eps, float)
-        shift_address = None if isinstance(norm, RMSNorm) or shift is None else self._fp32(shift).data_ptr()
-        self.listing.add(native.NORM, "norm", from_, to, scale=scale.data_ptr(), shift=shift_address, eps=eps)
+    def _norm(self, norm: RMSNorm | LayerNorm, from_: int, to: int) -> None:
+        scale = self._fp32(norm.weight).data_ptr()
+        shift = self._fp32(norm.bias).data_ptr() if isinstance(norm, LayerNorm) else None
+        self.listing.add(native.NORM, "norm", from_, to, scale=scale, shift=shift, eps=norm.eps)
 
     def _linear(self, label: str, owner: nn.Module, name: str, from_: int, to: int, epilogue: int = native.STORE) -> None:
         weight = self._pack(owner, name, paired=epilogue == native.SWIGLU)
@@ -166,9 +166,7 @@ class _Lowering:
     def _attend(self, layer: int, attention: Attention, from_: int, to: int) -> None:
         norms = [None if norm is None else self._fp32(norm.weight).data_ptr() for norm in (attention.q_norm, attention.k_norm)]
         tables = [None if table is None else table.data_ptr() for table in (self.rotation, self.slopes)]
-        described = native.Attention(
-            layer, self.config.num_heads, self.config.window(layer) or 0, self.config.norm.eps, *norms, *tables
-        )
+        described = native.Attention(layer, self.config.num_heads, self.config.window(layer) or 0, self.config.norm.eps, *norms, *tables)
         self.listing.add(native.ATTEND, "attention", from_, to, attention=described)
 
     def _pack(self, owner: nn.Module, name: str, paired: bool = False) -> native.Weight:

@@ -1,8 +1,8 @@
 """Where and how to compute: device, type and threads, decided once at start-up from what the hardware can do.
 
-`auto` means the fastest type that loses nothing. The native kernels read weights in the type in which they are stored, and decoding is a race
-against memory, so on a CPU with kernels that is bf16 for a checkpoint of 16 or fewer bits. In torch, on a CPU without bf16 instructions, a
-bf16 product is emulated, about eight times slower than fp32 from a handful of rows on, so there the answer is fp32.
+`auto` means the fastest type that loses nothing. The native kernels read weights in the type in which they are stored, and decoding is a
+race against memory, so on a CPU with kernels that is bf16 for a checkpoint of 16 or fewer bits. In torch, on a CPU without bf16
+instructions, a bf16 product is emulated, about eight times slower than fp32 from a handful of rows on, so there the answer is fp32.
 """
 
 from __future__ import annotations

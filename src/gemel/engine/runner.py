@@ -86,7 +86,7 @@ class Runner:
             per_block = KVCache.bytes_per_block(loaded.config, config.block_tokens, _TORCH[kv])
         self.num_blocks, blocks = _num_blocks(per_block, config, max_context, device)
         self.derived = (
-            Derived("kernels", f"native, {native.find()[1]}" if self.native else "torch", why_not or "the model lowers to a native program"),
+            Derived("kernels", f"native, {native.find()[1]}" if self.native else "torch", why_not or "the model lowers to a program"),
             Derived("KV type", kv, "the compute type" if config.kv == "auto" else "kv was set"),
             blocks,
         )

@@ -6,7 +6,7 @@ T tokens, N query heads, K kv heads, M = N + 2 K all heads, H head width.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest

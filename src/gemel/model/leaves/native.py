@@ -26,7 +26,8 @@ def unpackable(leaf: Leaf) -> str | None:
     """Why a leaf has no native form, or None if it has one."""
     if isinstance(leaf, LowBitLinear):
         return f"has {leaf.in_features} columns, not a multiple of 32" if leaf.in_features % 32 else None
-    if type(leaf) is not Linear:
+    exactly: type = type(leaf)  # what derives from Linear computes something else
+    if not isinstance(leaf, Linear) or exactly is not Linear:
         return f"is a {type(leaf).__name__}, which has no native form"
     return None if leaf.weight.dtype in FORMATS else f"is stored as {leaf.weight.dtype}"
 
@@ -80,10 +81,12 @@ class NativeLinear(nn.Module):
         self.weight = describe(leaf, self._paired)
         size = packed_bytes(self._library, self.weight)
         self._packed = (arena or Arena(size)).take(size)
-        low_bit = isinstance(leaf, LowBitLinear)
-        tensors = (leaf.q, leaf.scale.float(), leaf.minimum) if low_bit else (leaf.weight.detach(), None, None)
-        values, scales, minima = (None if tensor is None else tensor.contiguous() for tensor in tensors)
-        minima = None if minima is None else minima.float()
+        scales = minima = None
+        if isinstance(leaf, LowBitLinear):
+            values, scales = leaf.q.contiguous(), leaf.scale.float().contiguous()
+            minima = None if leaf.minimum is None else leaf.minimum.float().contiguous()
+        else:
+            values = leaf.weight.detach().contiguous()
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in (values, scales, minima)]
         self._library.gemel_pack(ctypes.byref(self.weight), *addresses, self._packed.data_ptr())
         self.weight.packed = self._packed.data_ptr()
@@ -111,7 +114,7 @@ class NativeLinear(nn.Module):
         weight, bias = shard_weight(self.plain(), self.bias, self.sections, style, rank, size)
         part = Linear(weight.shape[1], weight.shape[0], bias is not None, shard_sections(self.sections, style, size))
         part.weight = nn.Parameter(weight)
-        part.bias = None if bias is None else nn.Parameter(bias)
+        part.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self._pack(part, None)
 
     def extra_repr(self) -> str:
