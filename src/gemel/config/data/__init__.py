@@ -1,0 +1,1 @@
+"""What a data recipe says: inputs, steps, output. One variant per kind of thing, told apart by `kind`."""
