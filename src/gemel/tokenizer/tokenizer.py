@@ -27,6 +27,7 @@ from tokenizers import AddedToken, pre_tokenizers
 from gemel.config.errors import RequestError, UnsupportedError
 from gemel.tokenizer import chat
 from gemel.tokenizer.special import SpecialToken, SpecialTokens
+from gemel.tokenizer.spelling import unspell
 from gemel.tokenizer.stream import Detokenizer
 from gemel.tokenizer.template import ChatTemplate
 
@@ -181,7 +182,7 @@ class Tokenizer:
         """`token_bytes` of all ids, as a table."""
         vocabulary: dict[str, int] = self.library.get_vocab(with_added_tokens=True)
         table = [b""] * (max(vocabulary.values(), default=-1) + 1)
-        spell = _ByteLevelSpelling() if self._byte_level else _sentencepiece_spelling
+        spell = unspell if self._byte_level else _sentencepiece_spelling
         for token, index in vocabulary.items():
             table[index] = spell(token)
         return table
@@ -239,22 +240,6 @@ def _keeps_bytes(step: Step) -> bool:
         case "Metaspace":
             return bool(step["replacement"] == SPACE)
     return False
-
-
-class _ByteLevelSpelling:
-    """Undoes GPT-2's mapping of bytes to printable characters."""
-
-    def __init__(self) -> None:
-        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        rest = [byte for byte in range(256) if byte not in printable]
-        codes = {**{byte: byte for byte in printable}, **{byte: 256 + index for index, byte in enumerate(rest)}}
-        self._byte_of = {chr(code): byte for byte, code in codes.items()}
-
-    def __call__(self, token: str) -> bytes:
-        try:
-            return bytes([self._byte_of[character] for character in token])
-        except KeyError:
-            return token.encode()  # an added token that is written as it reads
 
 
 def _sentencepiece_spelling(token: str) -> bytes:
