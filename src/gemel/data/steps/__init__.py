@@ -1,0 +1,1 @@
+"""What can be done to documents: one module per family of steps."""
