@@ -1,0 +1,1 @@
+"""What a pipeline does to documents, one kind of step a module."""
