@@ -7,7 +7,7 @@ import pytest
 
 from gemel.config.data.dedup import EVERYTHING, Normalize
 from gemel.data.steps import ngrams
-from gemel.data.steps.normal import normal
+from gemel.data.steps.normal import BLOCK_CHARS, normal
 
 R, Q = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 MASK = 2**64 - 1
@@ -47,18 +47,10 @@ def test_hashes_are_the_polynomials_of_the_words(config: Normalize, n: int) -> N
 
 
 def test_hashes_do_not_depend_on_the_batch_nor_on_length() -> None:
-    long = "词 word  " * ngrams.BLOCK_CHARS  # several pieces
-    texts = ["short", long, "short", "x" * (ngrams.BLOCK_CHARS + 5), "tail end"]
+    long = "词 word  " * BLOCK_CHARS  # several pieces
+    texts = ["short", long, "short", "x" * (BLOCK_CHARS + 5), "tail end"]
     together = ngrams.words(texts, EVERYTHING)
     for number, text in enumerate(texts):
         alone = ngrams.words([text], EVERYTHING)
         assert np.array_equal(alone.hashes, together.hashes[together.starts[number] : together.starts[number + 1]])
-    assert np.diff(together.starts).tolist() == [1, 2 * ngrams.BLOCK_CHARS, 1, 2, 2]  # a word longer than a piece is cut
-
-
-def test_groups_cover_all_texts_once() -> None:
-    sizes = [1, ngrams.BLOCK_CHARS, 5, 5, 3 * ngrams.BLOCK_CHARS, 0, 2]
-    groups = list(ngrams.groups(["x" * size for size in sizes]))
-    assert [number for group in groups for number in range(group.start, group.stop)] == list(range(len(sizes)))
-    assert list(ngrams.groups([])) == []
-    assert all(sum(sizes[group]) <= ngrams.BLOCK_CHARS or group.stop - group.start == 1 for group in groups)
+    assert np.diff(together.starts).tolist() == [1, 2 * BLOCK_CHARS, 1, 2, 2]  # a word longer than a piece is cut

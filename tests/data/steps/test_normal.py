@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 
 from gemel.config.data.dedup import EVERYTHING, Normalize
-from gemel.data.steps.normal import normal
+from gemel.data.steps.normal import BLOCK_CHARS, groups, normal
 
 TEXTS = [
     "",
@@ -61,3 +61,11 @@ def test_part_of_a_text() -> None:
     text = normal(["one  two\nthree"], Normalize())
     assert text.string(0, len(text.codes)) == "one two three"
     assert text.string(5, 9) == "two"
+
+
+def test_groups_cover_all_texts_once() -> None:
+    sizes = [1, BLOCK_CHARS, 5, 5, 3 * BLOCK_CHARS, 0, 2]
+    parts = list(groups(["x" * size for size in sizes]))
+    assert [number for group in parts for number in range(group.start, group.stop)] == list(range(len(sizes)))
+    assert list(groups([])) == []
+    assert all(sum(sizes[group]) <= BLOCK_CHARS or group.stop - group.start == 1 for group in parts)

@@ -81,7 +81,7 @@ class LinesConfig(Config):
 
     kind: Literal["lines"] = "lines"
     min_documents: int = Field(default=10, ge=2)  # a line in so many documents is removed from all of them
-    min_line_chars: int = Field(default=1, ge=1)  # shorter lines stay; characters after normalization
+    min_line_chars: int = Field(default=1, ge=1)  # shorter lines stay; characters after normalization, without white space
     min_chars: int = Field(default=100, ge=0)  # a document that lost lines and has fewer characters left is dropped
     normalize: Normalize = EVERYTHING
 

@@ -19,6 +19,7 @@ from gemel.data.document import Document, Dropped
 from gemel.data.step import Places
 from gemel.data.steps import ngrams
 from gemel.data.steps.ngrams import Hashes, Words
+from gemel.data.steps.normal import groups
 
 Signatures = npt.NDArray[np.uint32]
 
@@ -43,7 +44,7 @@ class MinHash:
         """One row for each band of a document; none for a document without words."""
         texts = [document.text for document in documents]
         keys, whose = [np.zeros((0, self._config.bands), np.uint64)], [np.zeros(0, np.uint64)]
-        for group in ngrams.groups(texts):
+        for group in groups(texts):
             grams = ngrams.words(texts[group], self._config.normalize).ngrams(self._config.ngram)
             some = np.diff(grams.starts) > 0
             keys.append(self._band_keys(self.signatures(grams)))
@@ -79,9 +80,12 @@ class MinHash:
         again = np.zeros(len(key), np.bool_)
         again[1:] = key[1:] == key[:-1]
         first = np.maximum.accumulate(np.where(again, 0, np.arange(len(key))))
-        pairs = np.unique(np.stack([place[again], place[first[again]]], axis=1), axis=0)
-        pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-        return pa.table([pairs[:, 0], pairs[:, 1]], schema=_PAIRS)
+        place, earlier = place[again], place[first[again]]
+        order = np.lexsort([earlier, place])
+        place, earlier = place[order], earlier[order]
+        new = place != earlier  # two bands of one document may have the same key, if hardly ever
+        new[1:] &= (place[1:] != place[:-1]) | (earlier[1:] != earlier[:-1])
+        return pa.table([place[new], earlier[new]], schema=_PAIRS)
 
     def conclude(self, findings: pa.Table) -> pa.Table:
         """For every document of a cluster, which one is kept: the first; and for that one, of how many copies."""

@@ -11,21 +11,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gemel.config.data.dedup import Normalize
-from gemel.data.steps.normal import Normal, Offsets, normal
+from gemel.data.steps.normal import BLOCK_CHARS, Normal, Offsets, normal
 
 Hashes = npt.NDArray[np.uint64]
 
-# So many characters at a time: what is made from them stays within a core's second-level cache, and the powers of R are few.
-BLOCK_CHARS = 1 << 17
-
 _R = 0x9E3779B97F4A7C15 | 1
 _Q = 0xC2B2AE3D27D4EB4F  # the same for the words of an n-gram
-_WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +61,6 @@ def words(texts: Sequence[str], config: Normalize) -> Words:
     return Words(np.concatenate(hashes) if hashes else np.zeros(0, np.uint64), np.cumsum(counts))
 
 
-def groups(texts: Sequence[str]) -> Iterator[slice]:
-    """Neighbouring texts of about `BLOCK_CHARS` together: to take them one group at a time is several times faster than all at once."""
-    start = chars = 0
-    for number, text in enumerate(texts):
-        if number > start and chars + len(text) > BLOCK_CHARS:
-            yield slice(start, number)
-            start, chars = number, 0
-        chars += len(text)
-    if start < len(texts):
-        yield slice(start, len(texts))
-
-
 def mix(hashes: Hashes) -> Hashes:
     """Spread every bit over all others (MurmurHash3's finalizer)."""
     mixed = hashes ^ (hashes >> np.uint64(33))
@@ -97,26 +82,40 @@ def word_starts(text: Normal) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int
     return places, np.searchsorted(places, text.starts)
 
 
+def hash_texts(text: Normal) -> Hashes:
+    """One hash for each text as a whole: the same words in the same order. Of a text without words, 0."""
+    hashes, starts = _hash_words(text)
+    some = np.diff(starts) > 0
+    whole = np.zeros(len(some), np.uint64)
+    whole[some] = mix(_polynomials(mix(hashes), starts[:-1][some], _Q))
+    return whole
+
+
 def _hash_words(text: Normal) -> tuple[Hashes, Offsets]:
     places, starts = word_starts(text)
-    powers, inverses = _powers(1 << max(BLOCK_CHARS, len(text.codes)).bit_length())
-    sums = np.zeros(len(text.codes) + 1, np.uint64)
-    terms = text.codes.astype(np.uint64)
+    return _polynomials(text.codes, places, _R), starts
+
+
+def _polynomials(values: npt.NDArray[np.unsignedinteger[Any]], starts: Offsets, base: int) -> Hashes:
+    """sum(values[s + i] * base^i) mod 2^64 from each start s to the next; none may be empty."""
+    powers, inverses = _powers(base, 1 << max(BLOCK_CHARS, len(values)).bit_length())
+    terms = values.astype(np.uint64)
     terms *= powers[: len(terms)]
+    sums = np.zeros(len(terms) + 1, np.uint64)
     np.cumsum(terms, out=sums[1:])
-    hashes = np.diff(sums[places], append=sums[-1:])
-    hashes *= inverses[places]
-    return hashes, starts
+    hashes = np.diff(sums[starts], append=sums[-1:])
+    hashes *= inverses[starts]
+    return hashes
 
 
-@functools.lru_cache(maxsize=2)
-def _powers(count: int) -> tuple[Hashes, Hashes]:
-    """R^i and R^-i for i < count, a power of two: every doubling multiplies what is there by one number."""
+@functools.lru_cache(maxsize=4)
+def _powers(base: int, count: int) -> tuple[Hashes, Hashes]:
+    """base^i and base^-i mod 2^64 for i < count, a power of two: every doubling multiplies what is there by one number."""
     tables = []
-    for base in (_R, pow(_R, -1, 1 << 64)):
+    for factor in (base, pow(base, -1, 1 << 64)):
         table = np.ones(count, np.uint64)
         for k in range(count.bit_length() - 1):
-            table[1 << k : 2 << k] = table[: 1 << k] * np.uint64(pow(base, 1 << k, 1 << 64))
+            table[1 << k : 2 << k] = table[: 1 << k] * np.uint64(pow(factor, 1 << k, 1 << 64))
         tables.append(table)
     return tables[0], tables[1]
 

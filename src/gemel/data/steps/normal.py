@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,6 +20,9 @@ from gemel.config.data.dedup import Normalize
 
 CodePoints = npt.NDArray[np.uint32]
 Offsets = npt.NDArray[np.int64]
+
+# So many characters at a time: what is made from them stays within a core's second-level cache, and the powers of R are few.
+BLOCK_CHARS = 1 << 17
 
 _LIMIT = 0x20000  # planes 0 and 1 are looked at one by one; beyond there are Han characters, and what nobody writes
 _DROP = np.uint32(1 << 30)  # counts as nothing
@@ -53,6 +56,12 @@ class Normal:
     alone: npt.NDArray[np.bool_]  # which of them are words by themselves
     starts: Offsets  # one more than there are texts
 
+    def sizes(self) -> Offsets:
+        """How many characters each text has, white space not counted."""
+        written = np.zeros(len(self.codes) + 1, np.int64)
+        np.cumsum(self.codes != 0, out=written[1:])
+        return np.diff(written[self.starts])
+
     def string(self, start: int, stop: int) -> str:
         """Part of it as text, with one space wherever there was white space."""
         text = self.codes[start:stop].tobytes().decode("utf-32-le", "surrogatepass")
@@ -69,6 +78,23 @@ class Normal:
         text = codes.tobytes().decode("utf-32-le", "surrogatepass")
         starts = kept[self.starts].tolist()
         return [text[start:stop].strip(" ") for start, stop in pairwise(starts)]
+
+
+def normalized(texts: Sequence[str], config: Normalize) -> list[str]:
+    """Every text as what it counts as."""
+    return [text for group in groups(texts) for text in normal(texts[group], config).strings()]
+
+
+def groups(texts: Sequence[str]) -> Iterator[slice]:
+    """Neighbouring texts of about `BLOCK_CHARS` together: to take them one group at a time is several times faster than all at once."""
+    start = chars = 0
+    for number, text in enumerate(texts):
+        if number > start and chars + len(text) > BLOCK_CHARS:
+            yield slice(start, number)
+            start, chars = number, 0
+        chars += len(text)
+    if start < len(texts):
+        yield slice(start, len(texts))
 
 
 def normal(texts: Sequence[str], config: Normalize) -> Normal:
