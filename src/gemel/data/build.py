@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
+from gemel.config.data.dedup import DecontaminateConfig, ExactConfig, ExactPartsConfig, LinesConfig, MinHashConfig, MixConfig
 from gemel.config.data.pipeline import (
     CustomConfig,
     HtmlInput,
@@ -19,6 +20,7 @@ from gemel.config.data.pipeline import (
     ParquetOutput,
     StepConfig,
     TextInput,
+    TokensOutput,
     WarcInput,
     WetInput,
 )
@@ -70,6 +72,30 @@ def build(config: StepConfig) -> Step | CorpusStep:
             from gemel.data.steps.length import Length
 
             return Length(config)
+        case ExactConfig():
+            from gemel.data.steps.exact import Exact
+
+            return Exact(config)
+        case ExactPartsConfig():
+            from gemel.data.steps.exact import ExactParts
+
+            return ExactParts(config)
+        case MinHashConfig():
+            from gemel.data.steps.minhash import MinHash
+
+            return MinHash(config)
+        case LinesConfig():
+            from gemel.data.steps.lines import Lines
+
+            return Lines(config)
+        case DecontaminateConfig():
+            from gemel.data.steps.decontaminate import Decontaminate
+
+            return Decontaminate(config)
+        case MixConfig():
+            from gemel.data.steps.mix import Mix
+
+            return Mix(config)
         case CustomConfig():
             return custom(config)
 
@@ -91,6 +117,10 @@ def writer(config: Output, output: Path, unit: int) -> Writer:
             from gemel.data.write import ParquetWriter
 
             return ParquetWriter(output, kept, config)
+        case TokensOutput():
+            from gemel.data import pack
+
+            return pack.TokensWriter(output, kept, *pack.load(config))
 
 
 def custom(config: CustomConfig) -> Step | CorpusStep:

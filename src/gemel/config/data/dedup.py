@@ -1,4 +1,4 @@
-"""Settings of the steps that look at the whole corpus, and of the token shards it becomes.
+"""Settings of the steps that compare documents: with each other, with evaluation data, or source with source.
 
 What counts as the same text is said by `Normalize`, which every comparing step holds under the key `normalize`, so that a report can state
 it.
@@ -122,14 +122,3 @@ class MixConfig(Config):
         if self.weights and not any(self.weights.values()):
             raise ConfigError("all weights are 0, which takes nothing; give at least one source a weight above 0")
         return self
-
-
-class TokensConfig(Config):
-    """Writes kept documents as memory-mapped token shards, one for each unit of work, for training."""
-
-    kind: Literal["tokens"] = "tokens"
-    tokenizer: Path  # tokenizer.json, or the folder of a checkpoint that has one
-    end_of_document: str  # the special token that is appended to every document, as the tokenizer spells it
-
-
-StepConfig = ExactConfig | ExactPartsConfig | MinHashConfig | LinesConfig | DecontaminateConfig | MixConfig

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from gemel.config.base import Config
+from gemel.config.data.dedup import DecontaminateConfig, ExactConfig, ExactPartsConfig, LinesConfig, MinHashConfig, MixConfig
 from gemel.config.errors import ConfigError
 
 MIB = 2**20
@@ -159,7 +160,10 @@ class CustomConfig(Config):
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
-StepConfig = Annotated[LengthConfig | CustomConfig, Field(discriminator="kind")]
+StepConfig = Annotated[
+    LengthConfig | ExactConfig | ExactPartsConfig | MinHashConfig | LinesConfig | DecontaminateConfig | MixConfig | CustomConfig,
+    Field(discriminator="kind"),
+]
 
 
 class OutputConfig(Config):
@@ -185,7 +189,19 @@ class ParquetOutput(OutputConfig):
     compression: Literal["zstd", "snappy", "none"] = "zstd"
 
 
-Output = Annotated[JsonlOutput | ParquetOutput, Field(discriminator="kind")]
+class TokensOutput(OutputConfig):
+    """Token shards for training, mapped into memory when read, one file per unit of work.
+
+    tokenizer        folder with a tokenizer.json, or the path of that file
+    end_of_document  special token that is appended to every document, as the tokenizer spells it
+    """
+
+    kind: Literal["tokens"]
+    tokenizer: Path
+    end_of_document: str
+
+
+Output = Annotated[JsonlOutput | ParquetOutput | TokensOutput, Field(discriminator="kind")]
 
 
 class LocalRun(Config):
