@@ -16,8 +16,8 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 
 QUALITY_RULES = (
-    "gopher.short",
     "gopher.long",
+    "gopher.short",
     "gopher.word_length",
     "gopher.hashes",
     "gopher.ellipses",

@@ -58,23 +58,20 @@ class Quality:
             yield from self._judge(batch)
 
     def _judge(self, documents: list[Document]) -> Iterator[Document | Dropped]:
-        sizes = [len(document.text) for document in documents]
-        too_long = [size > self.config.max_characters and self.config.asks("gopher.long") for size in sizes]
-        page = _Page(Segments(["" if skip else d.text for d, skip in zip(documents, too_long, strict=True)]), self.config)
-        verdicts = _Verdicts(len(documents))
+        limit = self.config.max_characters
+        huge = np.array([len(document.text) > limit and self.config.asks("gopher.long") for document in documents])
+        texts = ["" if skip else document.text for document, skip in zip(documents, huge, strict=True)]
+        page, verdicts = _Page(Segments(texts), self.config), _Verdicts(len(documents))
+        verdicts.broken("gopher.long", huge, lambda n: f"{len(documents[n].text)} characters > {limit}")
         _gopher_counts(page, verdicts, self._stop_words, [document.metadata.get("language") for document in documents])
         _gopher_repetition(page, verdicts)
-        lines = _Lines(page, [document.text for document in documents])
+        lines = _Lines(page, texts)
         _c4(page, lines, verdicts)
         _fineweb(page, lines, verdicts)
+        lines.rewrite(documents, verdicts.clean())
         for number, document in enumerate(documents):
-            if too_long[number]:
-                yield Dropped(document, "gopher.long", f"{sizes[number]} characters > {self.config.max_characters}")
-            elif reason := verdicts.first(number):
-                yield Dropped(document, *reason)
-            else:
-                lines.rewrite(number, document)
-                yield document
+            reason = verdicts.first(number)
+            yield Dropped(document, *reason) if reason else document
 
 
 class _Verdicts:
@@ -89,6 +86,10 @@ class _Verdicts:
             held = self._first[number]
             if held is None or rank < held[0]:
                 self._first[number] = rank, detail(int(number))
+
+    def clean(self) -> Mask:
+        """Documents that broke none so far."""
+        return np.array([held is None for held in self._first], np.bool_)
 
     def first(self, number: int) -> tuple[str, str] | None:
         held = self._first[number]
@@ -106,10 +107,7 @@ class _Page:
 
     def count_words(self, spans: Spans, chosen: Mask | None = None) -> Floats:
         """Words per document, where some characters make one in scripts without spaces."""
-        weight = self.word_weight
-        if chosen is not None:
-            weight = weight * chosen
-        return sums(weight, spans.bounds)
+        return sums(self.word_weight if chosen is None else self.word_weight * chosen, spans.bounds)
 
     @cached_property
     def word_weight(self) -> Floats:
@@ -142,9 +140,9 @@ def _gopher_counts(page: _Page, verdicts: _Verdicts, stop_words: dict[str, list[
     page.above(verdicts, "gopher.long", page.words, gopher.max_words)
 
     spaced = segments.word_kind == WORD
-    num_spaced, num_words = segments.words.total(spaced), segments.words.total()
+    num_spaced = segments.words.total(spaced)
     mean = _share(segments.words.total(segments.words.length * spaced), num_spaced)
-    asked = (num_spaced > 0) & (num_spaced >= num_words / 2)
+    asked = (num_spaced > 0) & (num_spaced >= segments.words.total() / 2)
     page.below(verdicts, "gopher.word_length", np.where(asked, mean, np.inf), gopher.min_word_length)
     page.above(verdicts, "gopher.word_length", np.where(asked, mean, 0.0), gopher.max_word_length)
 
@@ -178,7 +176,8 @@ def _stop_words(segments: Segments, tables: dict[str, list[np.uint64]], language
     for code, hashes in tables.items():
         different = np.zeros(len(segments))
         for word in hashes:
-            different += segments.words.total(segments.word_hash == word) > 0
+            places = np.flatnonzero(segments.word_hash == word)
+            different[np.searchsorted(segments.words.bounds, places, side="right") - 1] += 1  # once per document, however often
         speaks = np.array([language is None or language == code for language in languages])
         best = np.where(speaks, np.maximum(best, different), best)
     unknown = np.array([language is not None and language not in tables for language in languages])
@@ -198,7 +197,7 @@ def _gopher_repetition(page: _Page, verdicts: _Verdicts) -> None:
     asked = {rule for rule in QUALITY_RULES if rule.endswith("_gram") and page.config.asks(rule)}
     if not asked:
         return
-    repeats = first_repeats(segments, page.text_length, gopher, asked, page.config.characters_per_word)
+    repeats = first_repeats(segments, verdicts.clean(), page.text_length, gopher, asked, page.config.characters_per_word)
     for number, repeat in enumerate(repeats):
         if repeat:
             verdicts.broken(repeat.rule, np.arange(len(segments)) == number, lambda _, r=repeat: _explain(r))  # type: ignore[misc]
@@ -228,8 +227,7 @@ class _Lines:
         self.spans = page.segments.lines
         self.kept = np.ones(len(self.spans), np.bool_)
         self._removed: dict[str, Mask] = {}
-        self._texts = texts
-        self._lowered = [_lower(text) for text in texts]
+        self._lowered = _lower("\n".join(texts))
 
     def remove(self, rule: str, where: Mask) -> None:
         """Lines that earlier rules removed do not count again."""
@@ -237,40 +235,46 @@ class _Lines:
             self._removed[rule] = where & self.kept
             self.kept = self.kept & ~where
 
+    def _places(self, phrase: str) -> list[int]:
+        places, place = [], self._lowered.find(phrase)
+        while place >= 0:
+            places.append(place)
+            place = self._lowered.find(phrase, place + 1)
+        return places
+
     def with_phrase(self, phrase: str) -> Mask:
         """Lines in which a phrase stands, in any case."""
         hits = np.zeros(len(self.spans), np.bool_)
-        for number, text in enumerate(self._lowered):
-            place = text.find(phrase)
-            while place >= 0:
-                hits[self._line_at(number, place)] = True
-                place = text.find(phrase, place + 1)
+        hits[np.searchsorted(self.spans.start, self._places(phrase), side="right") - 1] = True
         return hits
 
     def documents_with(self, phrase: str) -> Mask:
         """Documents in which a phrase stands, in any case."""
-        return np.array([phrase in text for text in self._lowered], np.bool_)
+        hits = np.zeros(len(self.page.segments), np.bool_)
+        hits[np.searchsorted(self.page.segments.bounds, self._places(phrase), side="right") - 1] = True
+        return hits
 
-    def _line_at(self, number: int, place: int) -> int:
-        return int(np.searchsorted(self.spans.start, self.page.segments.bounds[number] + place, side="right")) - 1
-
-    def rewrite(self, number: int, document: Document) -> None:
-        """The document without its removed lines and citations, and how many of each under its metadata's counts."""
-        lo, hi = self.spans.bounds[number : number + 2]
-        counts = {rule: int(mask[lo:hi].sum()) for rule, mask in self._removed.items()}
-        text = document.text
-        if not self.kept[lo:hi].all():
-            offset = int(self.page.segments.bounds[number])
-            places = np.flatnonzero(self.kept[lo:hi]) + lo
-            text = "\n".join(text[self.spans.start[i] - offset : self.spans.end[i] - offset] for i in places)
-        if "[" in text and self.page.config.asks("c4.citation"):
-            text, counts["c4.citation"] = _CITATION.subn("", text)
-        if any(counts.values()):
-            document.text = text
-            totals = document.metadata.setdefault("counts", {})
-            for rule, count in counts.items():
-                if count:
-                    totals[rule] = totals.get(rule, 0) + count
+    def rewrite(self, documents: Sequence[Document], chosen: Mask) -> None:
+        """Takes removed lines and citations out of the texts chosen, and notes how many of each under the metadata's counts."""
+        spans, offsets = self.spans, self.page.segments.bounds
+        removed = {rule: spans.total(mask).astype(np.int64).tolist() for rule, mask in self._removed.items() if mask.any()}
+        complete = (spans.total(self.kept) == spans.total()).tolist()
+        for number in np.flatnonzero(chosen).tolist():
+            document, text = documents[number], documents[number].text
+            counts = {} if complete[number] else {rule: totals[number] for rule, totals in removed.items()}
+            if not complete[number]:
+                lo, hi = spans.bounds[number : number + 2]
+                kept, offset = np.flatnonzero(self.kept[lo:hi]) + lo, int(offsets[number])
+                bounds = zip((spans.start[kept] - offset).tolist(), (spans.end[kept] - offset).tolist(), strict=True)
+                text = "\n".join(text[start:end] for start, end in bounds)
+            if "[" in text and self.page.config.asks("c4.citation"):
+                text, counts["c4.citation"] = _CITATION.subn("", text)
+            if any(counts.values()):
+                document.text = text
+                held = document.metadata.setdefault("counts", {})
+                for rule, count in counts.items():
+                    if count:
+                        held[rule] = held.get(rule, 0) + count
 
 
 def _lower(text: str) -> str:

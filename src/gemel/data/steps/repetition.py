@@ -13,13 +13,13 @@ Only where a bound reaches a limit is the share itself worked out, one document 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from gemel.config.data.rules import Gopher
-from gemel.data.steps.segment import UNSPACED, Hashes, Index, RunningHash, Segments
+from gemel.data.steps.segment import UNSPACED, Hashes, Index, Mask, RunningHash, Segments
 
 TOP, DUPLICATE = (2, 3, 4), (5, 6, 7, 8, 9, 10)
 
@@ -33,49 +33,50 @@ class Repeat:
     limit: float
 
 
-@dataclass(frozen=True, slots=True)
 class _Words:
-    """The words of one document."""
+    """The words of one document, ready for windows of any width."""
 
-    hashes: Hashes
-    length: Index
-    text_length: int
-    scale: float  # how many of these words make a word
+    def __init__(self, segments: Segments, document: int, text_length: int, unspaced: bool, scale: float):
+        lo, hi = segments.words.bounds[document : document + 2]
+        self.running = RunningHash(segments.word_hash[lo:hi])
+        self.before = np.concatenate(([0], np.cumsum(segments.words.length[lo:hi])))  # characters up to each word
+        self.text_length = text_length
+        self.gap = 0 if unspaced else 1
+        self.scale = scale if unspaced else 1.0
 
 
 def first_repeats(
-    segments: Segments, text_length: Index, gopher: Gopher, asked: set[str], characters_per_word: float
+    segments: Segments, chosen: Mask, text_length: Index, gopher: Gopher, asked: set[str], characters_per_word: float
 ) -> list[Repeat | None]:
-    """For each document the first n-gram rule that it breaks, of those asked. Lengths are in characters, of the whole text."""
+    """For each document chosen the first n-gram rule that it breaks, of those asked. Lengths are in characters, of the whole text."""
     words = segments.words
     # A sequence of words in Chinese is longer in characters: what is asked of 5 words is asked of 8 characters.
     unspaced = words.total(segments.word_kind == UNSPACED) > words.total() / 2
     found: list[Repeat | None] = [None] * len(segments)
-    for document in _suspects(segments, unspaced, text_length, gopher, characters_per_word):
-        lo, hi = words.bounds[document : document + 2]
-        one = _Words(
-            segments.word_hash[lo:hi],
-            words.length[lo:hi],
-            int(text_length[document]),
-            characters_per_word if unspaced[document] else 1.0,
-        )
-        found[document] = _first_repeat(one, bool(unspaced[document]), gopher, asked)
+    top, duplicate = _suspects(segments, unspaced, text_length, gopher, characters_per_word)
+    for document in np.flatnonzero(chosen & (top | duplicate)).tolist():
+        one = _Words(segments, document, int(text_length[document]), bool(unspaced[document]), characters_per_word)
+        if top[document]:
+            found[document] = _first(one, "top", zip(TOP, gopher.max_top_n_gram, strict=True), asked, _top)
+        if duplicate[document] and found[document] is None:
+            found[document] = _first(one, "duplicate", zip(DUPLICATE, gopher.max_duplicate_n_gram, strict=True), asked, _duplicate)
     return found
 
 
-def _suspects(segments: Segments, unspaced: npt.NDArray[np.bool_], text_length: Index, gopher: Gopher, scale: float) -> list[int]:
-    """Documents whose bounds reach a limit. Both kinds of script are windowed alike over the batch and then chosen from."""
+def _suspects(segments: Segments, unspaced: Mask, text_length: Index, gopher: Gopher, scale: float) -> tuple[Mask, Mask]:
+    """Documents whose bounds reach a limit: of top sequences, of duplicate ones. Each kind of script is windowed in its own way."""
     words = segments.words
-    limit_top, limit_duplicate = min(gopher.max_top_n_gram), min(gopher.max_duplicate_n_gram)
-    over = np.zeros(len(segments), np.bool_)
+    over_top, over_duplicate = np.zeros((2, len(segments)), np.bool_)
     running = RunningHash(segments.word_hash)
     lengths = np.concatenate(([0], np.cumsum(words.length)))
     for is_unspaced in np.unique(unspaced):
         pair, widest, five = (_scaled(n, scale if is_unspaced else 1.0) for n in (TOP[0], TOP[-1], DUPLICATE[0]))
-        top = _greatest_product(*_windows(running, words.bounds, pair), pair, lengths, len(segments)) * -(-widest // pair)
+        spaces = 0 if is_unspaced else pair
+        top = _greatest_product(*_windows(running, words.bounds, pair), pair, spaces, lengths, len(segments)) * -(-widest // pair)
         covered = _covered(*_windows(running, words.bounds, five), five, lengths, len(segments))
-        over |= (unspaced == is_unspaced) & ((top > limit_top * text_length) | (covered > limit_duplicate * text_length))
-    return [int(document) for document in np.flatnonzero(over)]
+        over_top |= (unspaced == is_unspaced) & (top > min(gopher.max_top_n_gram) * text_length)
+        over_duplicate |= (unspaced == is_unspaced) & (covered > min(gopher.max_duplicate_n_gram) * text_length)
+    return over_top, over_duplicate
 
 
 def _scaled(n: int, scale: float) -> int:
@@ -91,7 +92,7 @@ def _windows(running: RunningHash, bounds: Index, width: int) -> tuple[Hashes, I
     return running.windows(width)[place] ^ salt, place, document
 
 
-def _greatest_product(hashes: Hashes, place: Index, document: Index, width: int, lengths: Index, num_documents: int) -> Index:
+def _greatest_product(hashes: Hashes, place: Index, document: Index, width: int, spaces: int, lengths: Index, num_documents: int) -> Index:
     """For each document the greatest product of count and length, spaces included, over the sequences that occur in it more than once."""
     order = np.argsort(hashes)
     ranked = hashes[order]
@@ -100,7 +101,7 @@ def _greatest_product(hashes: Hashes, place: Index, document: Index, width: int,
     often = counts > 1
     at, counts = order[first[often]], counts[often]
     most = np.zeros(num_documents, np.int64)
-    np.maximum.at(most, document[at], counts * (lengths[place[at] + width] - lengths[place[at]] + width))
+    np.maximum.at(most, document[at], counts * (lengths[place[at] + width] - lengths[place[at]] + spaces))
     return most
 
 
@@ -120,45 +121,39 @@ def _covered(hashes: Hashes, place: Index, document: Index, width: int, lengths:
     return np.bincount(owner, lengths[end] - lengths[np.minimum(start, end)], num_documents).astype(np.int64)
 
 
-def _first_repeat(words: _Words, unspaced: bool, gopher: Gopher, asked: set[str]) -> Repeat | None:
-    running = RunningHash(words.hashes)
-    before = np.concatenate(([0], np.cumsum(words.length)))
-    gap = 0 if unspaced else 1
-    for n, limit in zip(TOP, gopher.max_top_n_gram, strict=True):
-        if (rule := f"gopher.top_{n}_gram") in asked:
-            share = _top(running, before, _scaled(n, words.scale), gap) / words.text_length
-            if share > limit:
-                return Repeat(rule, share, limit)
-    for n, limit in zip(DUPLICATE, gopher.max_duplicate_n_gram, strict=True):
-        if (rule := f"gopher.duplicate_{n}_gram") in asked:
-            share = _duplicate(running, before, _scaled(n, words.scale)) / words.text_length
+def _first(
+    words: _Words, name: str, limits: Iterable[tuple[int, float]], asked: set[str], measure: Callable[[_Words, int], int]
+) -> Repeat | None:
+    for n, limit in limits:
+        if (rule := f"gopher.{name}_{n}_gram") in asked:
+            share = measure(words, _scaled(n, words.scale)) / words.text_length
             if share > limit:
                 return Repeat(rule, share, limit)
     return None
 
 
-def _top(running: RunningHash, before: Index, width: int, gap: int) -> int:
+def _top(words: _Words, width: int) -> int:
     """Characters of the most frequent sequence, all occurrences together, with the spaces in it. The first one of equally frequent ones."""
-    windows = running.windows(width)
-    if not len(windows):
+    _, first, counts = np.unique(words.running.windows(width), return_index=True, return_counts=True)
+    most = int(counts.max(initial=0))
+    if most < 2:
         return 0
-    _, first, counts = np.unique(windows, return_index=True, return_counts=True)
-    if counts.max() < 2:
-        return 0
-    place = int(first[counts == counts.max()].min())
-    return int(counts.max()) * int(before[place + width] - before[place] + gap * (width - 1))
+    place = int(first[counts == most].min())
+    return most * int(words.before[place + width] - words.before[place] + words.gap * (width - 1))
 
 
-def _duplicate(running: RunningHash, before: Index, width: int) -> int:
+def _duplicate(words: _Words, width: int) -> int:
     """Characters of sequences that occurred before; a repeated sequence is stepped over, so that nothing counts twice."""
-    windows = running.windows(width).tolist()
+    _, name, counts = np.unique(words.running.windows(width), return_inverse=True, return_counts=True)
+    places = np.flatnonzero(counts[name] > 1)  # others can neither be nor have a repetition
     seen: set[int] = set()
-    place = characters = 0
-    while place < len(windows):
-        if windows[place] in seen:
-            characters += int(before[place + width] - before[place])
-            place += width
+    behind = characters = 0
+    for place, sequence in zip(places.tolist(), name[places].tolist(), strict=True):
+        if place < behind:
+            continue
+        if sequence in seen:
+            behind = place + width
+            characters += int(words.before[behind] - words.before[place])
         else:
-            seen.add(windows[place])
-            place += 1
+            seen.add(sequence)
     return characters
