@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from gemel.config.base import Config
 
@@ -52,6 +52,20 @@ QUALITY_RULES = (
     "fineweb.duplicate_line_characters",
     "fineweb.newlines",
 )
+
+
+PiiRule = Literal["email", "china_id", "bank_card", "ipv6", "ipv4", "phone"]
+PII_RULES: tuple[PiiRule, ...] = ("email", "china_id", "bank_card", "ipv6", "ipv4", "phone")
+# Values of the same form that belong to nobody, so that the text still reads like text: RFC 2606, RFC 3849, RFC 5737. Numbers of people and
+# of cards have no reserved range everywhere, so theirs are names.
+PII_REPLACEMENTS: dict[PiiRule, str] = {
+    "email": "email@example.com",
+    "china_id": "<ID_NUMBER>",
+    "bank_card": "<CARD_NUMBER>",
+    "ipv6": "2001:db8::1",
+    "ipv4": "192.0.2.1",
+    "phone": "<PHONE_NUMBER>",
+}
 
 
 class Gopher(Config):
@@ -137,7 +151,7 @@ class QualityConfig(Config):
 
     off                  rules, or families of rules, that are not asked. FineWeb's recipe leaves C4's demand that every line ends like a
                          sentence out, because it removes a third of the text for no gain (section 3.5); so do we
-    characters_per_word  how many characters of a script without spaces make a word, wherever a rule counts words. 1.6 is what jieba finds
+    characters_per_word  how many characters of a script without spaces make a word, wherever a rule counts words. 1.8 is what jieba finds
                          in Chinese Wikipedia
     stop_words           by language code; a document without `language` in its metadata may use those of any, one in a language that is
                          not listed is not asked
@@ -149,7 +163,7 @@ class QualityConfig(Config):
     c4: C4 = C4()
     fineweb: FineWeb = FineWeb()
     off: tuple[str, ...] = ("c4.line_punctuation",)
-    characters_per_word: Annotated[float, Field(ge=1.0, le=10.0)] = 1.6
+    characters_per_word: Annotated[float, Field(ge=1.0, le=10.0)] = 1.8
     stop_words: dict[str, tuple[str, ...]] = Field(
         default_factory=lambda: {
             "en": ("the", "be", "to", "of", "and", "that", "have", "with"),
@@ -171,3 +185,101 @@ class QualityConfig(Config):
         """Whether this rule is on."""
         assert rule in QUALITY_RULES, rule
         return rule not in self.off and rule.split(".")[0] not in self.off
+
+
+class UrlConfig(Config):
+    """Drops documents by where they come from: metadata `url`, or the id where that is a URL. Documents without a URL pass.
+
+    domains       with all their subdomains: `example.com` also means `www.example.com`; dropped as `url.domain`
+    domain_files  more of them, one a line; `#` starts a comment; lines of hosts files (`0.0.0.0 example.com`) work too
+    url_files     single addresses, one a line, compared without scheme, `www.` and fragment; dropped as `url.listed`
+    patterns      regular expressions looked for anywhere in the address, in any case; dropped as `url.pattern`
+    """
+
+    kind: Literal["url"] = "url"
+    domains: tuple[str, ...] = ()
+    domain_files: tuple[str, ...] = ()
+    url_files: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
+
+
+class ExtractConfig(Config):
+    """Turns HTML into its main text. Documents without a single tag pass as they are.
+
+    extractor       "fast" (resiliparse, some 400 pages a second) or "quality" (trafilatura, some 30)
+    min_characters  where the extractor finds less than this, the other one is asked too, and the longer answer is taken; a page with less
+                    than this in both keeps what there is, one with nothing is dropped as `extract.empty`
+    max_characters  longer pages are dropped as `extract.too_long`, because time and memory grow with the tree
+    """
+
+    kind: Literal["extract"] = "extract"
+    extractor: Literal["fast", "quality"] = "fast"
+    min_characters: NonNegativeInt = 100
+    max_characters: PositiveInt = 10_000_000
+
+
+class RepairConfig(Config):
+    """Repairs what encodings broke. What was repaired is counted, nothing is dropped but what is not text.
+
+    mojibake             undo decoding with the wrong charset (ftfy): `â€™` becomes `’`; counted as `repair.mojibake`
+    normalise            to Unicode NFC: one code point where there is one; counted as `repair.normalised`. Full-width forms stay
+    control_characters   remove them, and zero-width spaces and byte order marks; counted as `repair.control_characters`
+    max_replacements     share of U+FFFD, the mark of bytes that could not be decoded, above which a document is `repair.undecodable`
+    """
+
+    kind: Literal["repair"] = "repair"
+    mojibake: bool = True
+    normalise: bool = True
+    control_characters: bool = True
+    max_replacements: Share = 0.01
+
+
+class LanguageConfig(Config):
+    """Says which language a document is in, and keeps those asked for. Writes `language` and `language_score` into the metadata.
+
+    keep        language codes of lid.176 (mostly two letters: en, zh, ja); empty keeps all. Others are dropped as `language.other`
+    drop        codes to drop as `language.other` when all others are kept
+    min_score   less certain documents are dropped as `language.uncertain` (FineWeb: 0.65, arXiv 2406.17557, section 3.3)
+    second_opinion  ask py3langid where the text is short or the first answer is uncertain
+    """
+
+    kind: Literal["language"] = "language"
+    keep: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    min_score: Share = 0.65
+    second_opinion: bool = True
+
+    @model_validator(mode="after")
+    def _one_list(self) -> LanguageConfig:
+        if self.keep and self.drop:
+            raise ValueError(f"keep = {list(self.keep)} and drop = {list(self.drop)} exclude each other: give one of them")
+        return self
+
+
+class PiiConfig(Config):
+    """Replaces personal data. Each replacement is counted under `pii.` and the rule's name; no document is dropped.
+
+    rules        which; the order is fixed, from the strictest form to the loosest
+    replacements the text that takes the place of a match, by rule
+    public_only  leave private, loopback and documentation addresses (10.0.0.1, 127.0.0.1, ::1) as they are, as FineWeb does
+    """
+
+    kind: Literal["pii"] = "pii"
+    rules: tuple[PiiRule, ...] = PII_RULES
+    replacements: dict[PiiRule, str] = Field(default_factory=dict)
+    public_only: bool = True
+
+    def replacement(self, rule: PiiRule) -> str:
+        """What stands where a match stood."""
+        return self.replacements.get(rule, PII_REPLACEMENTS[rule])
+
+
+class SampleConfig(Config):
+    """Keeps a share of the documents; the others are dropped as `sample.left_out`.
+
+    Which ones depends on nothing but their ids and the seed, so the same document is in every sample that is as large or larger.
+    """
+
+    kind: Literal["sample"] = "sample"
+    share: Share
+    seed: NonNegativeInt = 0

@@ -124,7 +124,9 @@ class _Page:
 
 
 def _share(part: Floats, whole: Floats, otherwise: float = 0.0) -> Floats:
-    return np.divide(part, whole, out=np.full(len(part), otherwise), where=whole > 0)
+    share = np.full(len(part), otherwise)
+    np.divide(part, whole, out=share, where=whole > 0)
+    return share
 
 
 def _is_ellipsis(segments: Segments) -> Mask:
