@@ -16,8 +16,9 @@ from gemel.config.errors import UnsupportedError
 from gemel.data.document import Document, Dropped
 from gemel.data.steps.counts import count
 
-# All of C0 and C1 but tab and line feed, DEL, soft hyphen, zero-width space and no-break space, byte order mark, and code points that are no
-# characters (lone surrogates, U+FFFE, U+FFFF). Joiners stay: they spell words in Persian and Hindi and draw emoji; so do direction marks.
+# All of C0 and C1 but tab and line feed, DEL, soft hyphen, zero-width space and no-break space, byte order mark, and code points that are
+# no characters (lone surrogates, U+FFFE, U+FFFF). Joiners stay: they spell words in Persian and Hindi and draw emoji; so do direction
+# marks.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff\ud800-\udfff\ufffe\uffff]")
 _LINE_ENDS = re.compile("\r\n?|\u2028|\u2029|\x85")
 
