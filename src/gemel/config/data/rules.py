@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from gemel.config.base import Config
 
@@ -283,3 +283,31 @@ class SampleConfig(Config):
     kind: Literal["sample"] = "sample"
     share: Share
     seed: NonNegativeInt = 0
+
+
+class PerplexityConfig(Config):
+    """Asks an n-gram model how surprising a document is. Writes `perplexity` into the metadata.
+
+    model           a file: our own (.safetensors, from `gemel data ngram`), ARPA (also .gz), or KenLM's binary
+    language        only documents with this `language` in their metadata are asked, others pass; empty asks all
+    max_perplexity  more surprising documents are dropped as `perplexity.high`
+    min_perplexity  less surprising ones as `perplexity.low`: repetitive or template text
+    buckets         bounds between buckets, ascending: the number of those passed goes into the metadata as `perplexity_bucket`
+    unit, fold      what a token is, and whether text is read in lower case; our own files say that themselves, these are for the others
+    """
+
+    kind: Literal["perplexity"] = "perplexity"
+    model: str
+    language: str = ""
+    max_perplexity: Positive = float("inf")
+    min_perplexity: NonNegativeFloat = 0.0
+    buckets: tuple[Positive, ...] = ()
+    unit: Literal["words", "spaces", "characters"] = "spaces"
+    fold: bool = False
+
+    @field_validator("buckets")
+    @classmethod
+    def _ascending(cls, buckets: tuple[float, ...]) -> tuple[float, ...]:
+        if list(buckets) != sorted(set(buckets)):
+            raise ValueError(f"buckets {list(buckets)} do not ascend")
+        return buckets

@@ -20,11 +20,10 @@ from gemel.config.data.rules import QUALITY_RULES, QualityConfig
 from gemel.config.errors import ConfigError
 from gemel.data.document import Document, Dropped
 from gemel.data.steps.repetition import Repeat, first_repeats
-from gemel.data.steps.segment import CLOSERS, SYMBOL, UNSPACED, WORD, Mask, Segments, Spans, hash_of, sums
+from gemel.data.steps.segment import CLOSERS, SYMBOL, UNSPACED, WORD, Mask, Segments, Spans, batches, hash_of, sums
 
 Floats = npt.NDArray[np.float64]
 
-BATCH_CHARACTERS = 1 << 18  # as many fit the second-level cache as arrays of 8 bytes do; larger batches are no faster
 LETTERS_PER_WORD = 6  # with the space behind it, in English: what makes "30 characters" mean as many words in Chinese
 BULLETS = "•‣▪●◦·-*–"
 LINE_ENDS = ".?!\"'。？！．｡”’」』»"  # C4 asks for . ? ! or an end quotation mark
@@ -46,15 +45,7 @@ class Quality:
 
     def __call__(self, documents: Sequence[Document]) -> Iterable[Document | Dropped]:
         """One answer per document, in order; texts lose the lines that C4's rules reject."""
-        batch: list[Document] = []
-        room = BATCH_CHARACTERS
-        for document in documents:
-            if batch and len(document.text) > room:
-                yield from self._judge(batch)
-                batch, room = [], BATCH_CHARACTERS
-            batch.append(document)
-            room -= len(document.text)
-        if batch:
+        for batch in batches(documents):
             yield from self._judge(batch)
 
     def _judge(self, documents: list[Document]) -> Iterator[Document | Dropped]:

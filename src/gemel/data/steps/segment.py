@@ -14,12 +14,14 @@ of [a, b) is (S[b] - S[a]) * B**-a. Any span of characters or of words costs two
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
+
+from gemel.data.document import Document
 
 Hashes = npt.NDArray[np.uint64]
 Index = npt.NDArray[np.int64]
@@ -111,6 +113,20 @@ class RunningHash:
         """The hash of [i, i + width) for every i."""
         count = max(0, len(self._sum) - width)
         return (self._sum[width:] - self._sum[:count]) * self._down[:count] if count else np.empty(0, np.uint64)
+
+
+def batches(documents: Iterable[Document], characters: int = 1 << 18) -> Iterator[list[Document]]:
+    """Runs of documents of about so many characters together: enough for arithmetic on arrays to pay, small enough for the cache."""
+    batch: list[Document] = []
+    room = characters
+    for document in documents:
+        if batch and len(document.text) > room:
+            yield batch
+            batch, room = [], characters
+        batch.append(document)
+        room -= len(document.text)
+    if batch:
+        yield batch
 
 
 def hash_of(text: str) -> int:
