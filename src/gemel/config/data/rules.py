@@ -311,3 +311,17 @@ class PerplexityConfig(Config):
         if list(buckets) != sorted(set(buckets)):
             raise ValueError(f"buckets {list(buckets)} do not ascend")
         return buckets
+
+
+class ClassifyConfig(Config):
+    """Asks a small classifier how good a document is. Writes its score, from 0 to 1, into the metadata under `name`.
+
+    model      a file made by `gemel data classify`
+    name       of what it judges, so that several can be asked
+    min_score  documents below are dropped as `classify.low`; 0 only notes the score
+    """
+
+    kind: Literal["classify"] = "classify"
+    model: str
+    name: Annotated[str, Field(min_length=1)] = "quality_score"
+    min_score: Share = 0.5

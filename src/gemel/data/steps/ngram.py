@@ -130,7 +130,7 @@ class NgramModel:
                 tables = [Table(*(opened.get_tensor(f"{n}.{name}") for name in ("keys", "log_p", "backoff"))) for n in range(1, order + 1)]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot read the n-gram model {file}: {error}") from None
-        return cls(tables, about["unit"], about["fold"] == "True")  # type: ignore[arg-type]
+        return cls(tables, about["unit"], about["fold"] == "True")
 
 
 def tokenize(texts: Sequence[str], unit: Unit, fold: bool) -> tuple[Hashes, Index, Mask]:
@@ -247,4 +247,5 @@ def _discounts(adjusted: Index) -> npt.NDArray[np.float64]:
         return np.array([0.0, 0.5, 1.0, 1.5])  # too little text to estimate them: those that KenLM falls back on
     y = n1 / (n1 + 2 * n2)
     estimated = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
-    return np.clip(estimated, 0.0, [0.0, 1.0, 2.0, 3.0])
+    bounded: npt.NDArray[np.float64] = np.clip(estimated, 0.0, [0.0, 1.0, 2.0, 3.0])
+    return bounded

@@ -1,7 +1,7 @@
 """How surprising a text is to a model of good text: little where it is like it, much where it is lists, code or another dialect.
 
-CCNet (Wenzek et al. 2020, arXiv 1911.00359) sorted the web by this. Perplexity is per token, ends of lines included: 10 ** (-log10 P / tokens).
-Figures of two models, or of two languages, cannot be compared.
+CCNet (Wenzek et al. 2020, arXiv 1911.00359) sorted the web by this. Perplexity is 10 ** (-log10 P / tokens), where the end of a line
+is a token too. Figures of two models, or of two languages, cannot be compared.
 """
 
 from __future__ import annotations
