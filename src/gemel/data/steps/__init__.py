@@ -1,1 +1,1 @@
-"""What can be done to documents: one module per family of steps."""
+"""What happens to documents: one module per kind of step, each a class that takes its own configuration."""
