@@ -20,7 +20,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOTS = ("/usr/share/doc", "/usr/share/man", "/usr/share/info", sysconfig.get_path("purelib"))
-SUFFIXES = re.compile(r"\.(txt|md|rst|html?|info|texi|tex|[1-9][a-z]*|log|copyright|README|NEWS|Debian)$|/(copyright|README|NEWS|changelog)[^/]*$")
+SUFFIXES = re.compile(
+    r"\.(txt|md|rst|html?|info|texi|tex|[1-9][a-z]*|log|copyright|README|NEWS|Debian)$|/(copyright|README|NEWS|changelog)[^/]*$"
+)
 EDITS = (0.005, 0.01, 0.02, 0.05)
 LEAST_CHARS, MOST_CHARS = 500, 20_000
 
@@ -76,7 +78,9 @@ def main() -> None:
     draw = random.Random(args.seed)
     found = list(texts(args.roots))
     if len(found) < args.documents:
-        parser.error(f"{len(found)} files of {LEAST_CHARS} to {MOST_CHARS} characters were found; set --documents {len(found)}, or give more roots")
+        parser.error(
+            f"{len(found)} files of {LEAST_CHARS} to {MOST_CHARS} characters were found; set --documents {len(found)}, or give more roots"
+        )
     originals = draw.sample(found, args.documents)
     words = [word for _, text in draw.sample(originals, min(200, len(originals))) for word in text.split()]
     rows = [{"text": text, "id": name, "metadata": {}} for name, text in originals]

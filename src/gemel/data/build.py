@@ -1,10 +1,11 @@
-"""From a recipe's tables to the objects that do the work. Each import stands in its case, so a run loads only what its recipe names."""
+"""From a recipe's tables to the objects that do the work. Imports happen here, so a run loads only what its recipe names."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
 
+from gemel.config.base import Config
 from gemel.config.data.dedup import DecontaminateConfig, ExactConfig, ExactPartsConfig, LinesConfig, MinHashConfig, MixConfig
 from gemel.config.data.pipeline import (
     CustomConfig,
@@ -24,11 +25,41 @@ from gemel.config.data.pipeline import (
     WarcInput,
     WetInput,
 )
+from gemel.config.data.rules import (
+    ClassifyConfig,
+    ExtractConfig,
+    LanguageConfig,
+    PerplexityConfig,
+    PiiConfig,
+    QualityConfig,
+    RepairConfig,
+    SampleConfig,
+    UrlConfig,
+)
 from gemel.config.errors import ConfigError
 from gemel.data.read.reader import Reader
 from gemel.data.step import CorpusStep, Step
 from gemel.data.write import Writer
 
+# One line a step, for there are many: its configuration, and the class in `gemel.data.steps` that takes it.
+STEPS: dict[type[Config], str] = {
+    UrlConfig: "url:Url",
+    ExtractConfig: "extract:Extract",
+    RepairConfig: "repair:Repair",
+    LanguageConfig: "language:Language",
+    LengthConfig: "length:Length",
+    QualityConfig: "quality:Quality",
+    PerplexityConfig: "perplexity:Perplexity",
+    ClassifyConfig: "classify:Classify",
+    PiiConfig: "pii:Pii",
+    ExactConfig: "exact:Exact",
+    ExactPartsConfig: "exact:ExactParts",
+    MinHashConfig: "minhash:MinHash",
+    LinesConfig: "lines:Lines",
+    DecontaminateConfig: "decontaminate:Decontaminate",
+    SampleConfig: "sample:Sample",
+    MixConfig: "mix:Mix",
+}
 CORPUS_METHODS = ("keys", "resolve", "conclude", "apply")
 
 
@@ -67,37 +98,11 @@ def reader(config: Input) -> Reader:
 
 def build(config: StepConfig) -> Step | CorpusStep:
     """What does a step. Errors: `ConfigError`, for instance if a library that it needs is not installed."""
-    match config:
-        case LengthConfig():
-            from gemel.data.steps.length import Length
-
-            return Length(config)
-        case ExactConfig():
-            from gemel.data.steps.exact import Exact
-
-            return Exact(config)
-        case ExactPartsConfig():
-            from gemel.data.steps.exact import ExactParts
-
-            return ExactParts(config)
-        case MinHashConfig():
-            from gemel.data.steps.minhash import MinHash
-
-            return MinHash(config)
-        case LinesConfig():
-            from gemel.data.steps.lines import Lines
-
-            return Lines(config)
-        case DecontaminateConfig():
-            from gemel.data.steps.decontaminate import Decontaminate
-
-            return Decontaminate(config)
-        case MixConfig():
-            from gemel.data.steps.mix import Mix
-
-            return Mix(config)
-        case CustomConfig():
-            return custom(config)
+    if isinstance(config, CustomConfig):
+        return custom(config)
+    module, _, attribute = STEPS[type(config)].partition(":")
+    made: Step | CorpusStep = getattr(import_module(f"gemel.data.steps.{module}"), attribute)(config)
+    return made
 
 
 def name(config: StepConfig) -> str:

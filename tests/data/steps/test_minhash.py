@@ -8,9 +8,9 @@ import pytest
 
 from gemel.config.data.dedup import MinHashConfig, Normalize
 from gemel.data.document import Document, Dropped
-from gemel.data.steps import minhash, ngrams
+from gemel.data.steps import minhash, shingles
 from gemel.data.steps.minhash import MinHash, components
-from gemel.data.steps.ngrams import Words
+from gemel.data.steps.shingles import Words
 from tests.data import corpus
 from tests.tolerance import CHI_SQUARE_P
 
@@ -47,7 +47,7 @@ def mixed() -> list[Document]:
 def test_signatures_are_the_smallest_products() -> None:
     step = MinHash(MinHashConfig(bands=3, rows=2))
     texts = ["a b c d e f g", "", "x", " ".join(WORDS[:500])]
-    grams = ngrams.words(texts, Normalize()).ngrams(5)
+    grams = shingles.words(texts, Normalize()).ngrams(5)
     odd = step._odd.tolist()
     want = []
     for i in (0, 2, 3):
@@ -58,7 +58,7 @@ def test_signatures_are_the_smallest_products() -> None:
 
 def test_signatures_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     step = MinHash(MinHashConfig())
-    grams = ngrams.words(["".join(prose(RNG.randint(1, 60))) for _ in range(50)], Normalize()).ngrams(5)
+    grams = shingles.words(["".join(prose(RNG.randint(1, 60))) for _ in range(50)], Normalize()).ngrams(5)
     whole = step.signatures(grams)
     monkeypatch.setattr(minhash, "_BLOCK_NGRAMS", 64)
     assert np.array_equal(step.signatures(grams), whole)

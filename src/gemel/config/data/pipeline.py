@@ -17,6 +17,17 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 
 from gemel.config.base import Config
 from gemel.config.data.dedup import DecontaminateConfig, ExactConfig, ExactPartsConfig, LinesConfig, MinHashConfig, MixConfig
+from gemel.config.data.rules import (
+    ClassifyConfig,
+    ExtractConfig,
+    LanguageConfig,
+    PerplexityConfig,
+    PiiConfig,
+    QualityConfig,
+    RepairConfig,
+    SampleConfig,
+    UrlConfig,
+)
 from gemel.config.errors import ConfigError
 
 MIB = 2**20
@@ -161,7 +172,23 @@ class CustomConfig(Config):
 
 
 StepConfig = Annotated[
-    LengthConfig | ExactConfig | ExactPartsConfig | MinHashConfig | LinesConfig | DecontaminateConfig | MixConfig | CustomConfig,
+    UrlConfig
+    | ExtractConfig
+    | RepairConfig
+    | LanguageConfig
+    | LengthConfig
+    | QualityConfig
+    | PerplexityConfig
+    | ClassifyConfig
+    | PiiConfig
+    | ExactConfig
+    | ExactPartsConfig
+    | MinHashConfig
+    | LinesConfig
+    | DecontaminateConfig
+    | SampleConfig
+    | MixConfig
+    | CustomConfig,
     Field(discriminator="kind"),
 ]
 

@@ -21,9 +21,9 @@ import numpy.typing as npt
 from gemel.config.data.dedup import DecontaminateConfig
 from gemel.config.errors import ConfigError
 from gemel.data.document import Document, Dropped
-from gemel.data.steps import ngrams
-from gemel.data.steps.ngrams import Hashes, Words
+from gemel.data.steps import shingles
 from gemel.data.steps.normal import groups, normal
+from gemel.data.steps.shingles import Hashes, Words
 
 Hits = npt.NDArray[np.int64]
 
@@ -41,7 +41,7 @@ class Decontaminate:
         short = 0
         for number, text in items:
             normalized = normal([text], config.normalize)
-            num_words = len(ngrams.word_starts(normalized)[0])
+            num_words = len(shingles.word_starts(normalized)[0])
             without_spaces = 2 * int(normalized.alone.sum()) > num_words
             short += num_words < (config.ngram_chars if without_spaces else config.ngram)
             (by_chars if without_spaces else by_words).append((number, text))
@@ -58,7 +58,7 @@ class Decontaminate:
         """Drop documents with at least `min_matches` different n-grams of the evaluation data."""
         texts = [document.text for document in documents]
         for group in groups(texts):
-            words = ngrams.words(texts[group], self._config.normalize)
+            words = shingles.words(texts[group], self._config.normalize)
             found = [(table, table.find(words)) for table in self._tables if len(table.hashes)]
             for number, document in enumerate(documents[group]):
                 hits = [(table, rows, where) for table, texts_ in found for rows, where in [texts_[number]] if len(rows)]
@@ -67,7 +67,7 @@ class Decontaminate:
 
     def _drop(self, document: Document, table: _Table, rows: Hits, where: Hits, matches: int) -> Dropped:
         text = normal([document.text], self._config.normalize)
-        starts = np.append(ngrams.word_starts(text)[0], len(text.codes))
+        starts = np.append(shingles.word_starts(text)[0], len(text.codes))
         begin = int(where[0])
         ngram = text.string(int(starts[begin]), int(starts[min(begin + table.n, len(starts) - 1)]))
         path = self._config.files[int(table.files[rows[0]])]
@@ -79,7 +79,7 @@ class _Table:
 
     def __init__(self, items: Sequence[tuple[int, str]], n: int, config: DecontaminateConfig):
         self.n = n
-        words = ngrams.words([text for _, text in items], config.normalize)
+        words = shingles.words([text for _, text in items], config.normalize)
         grams = _whole(words, n)
         files = np.repeat(np.array([number for number, _ in items], np.int64), np.diff(grams.starts))
         self.hashes, first = np.unique(grams.hashes, return_index=True)

@@ -18,8 +18,8 @@ import xxhash
 from gemel.config.data.dedup import ExactConfig, ExactPartsConfig
 from gemel.data.document import Document, Dropped
 from gemel.data.step import Places
-from gemel.data.steps.ngrams import Hashes
 from gemel.data.steps.normal import normalized
+from gemel.data.steps.shingles import Hashes
 
 _PARAGRAPH = re.compile(r"(\n[^\S\n]*\n\s*)")
 _LINE = re.compile(r"(\n)")

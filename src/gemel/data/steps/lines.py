@@ -15,9 +15,9 @@ import pyarrow as pa
 from gemel.config.data.dedup import LinesConfig
 from gemel.data.document import Document, Dropped
 from gemel.data.step import Places
-from gemel.data.steps import exact, ngrams
-from gemel.data.steps.ngrams import Hashes
+from gemel.data.steps import exact, shingles
 from gemel.data.steps.normal import groups, normal
+from gemel.data.steps.shingles import Hashes
 
 _KEYS = pa.schema([("key", pa.uint64()), ("place", pa.uint64())])
 _VERDICTS = pa.schema([("key", pa.uint64()), ("documents", pa.uint64())])
@@ -64,6 +64,6 @@ class Lines:
         hashes, long = [np.zeros(0, np.uint64)], [np.zeros(0, np.bool_)]
         for group in groups(texts):
             text = normal(texts[group], self._config.normalize)
-            hashes.append(ngrams.hash_texts(text))
+            hashes.append(shingles.hash_texts(text))
             long.append(text.sizes() >= self._config.min_line_chars)
         return np.concatenate(hashes), np.concatenate(long), np.fromiter(map(len, lines), np.int64, len(lines))

@@ -17,9 +17,9 @@ import pyarrow as pa
 from gemel.config.data.dedup import MinHashConfig
 from gemel.data.document import Document, Dropped
 from gemel.data.step import Places
-from gemel.data.steps import ngrams
-from gemel.data.steps.ngrams import Hashes, Words
+from gemel.data.steps import shingles
 from gemel.data.steps.normal import groups
+from gemel.data.steps.shingles import Hashes, Words
 
 Signatures = npt.NDArray[np.uint32]
 
@@ -45,7 +45,7 @@ class MinHash:
         texts = [document.text for document in documents]
         keys, whose = [np.zeros((0, self._config.bands), np.uint64)], [np.zeros(0, np.uint64)]
         for group in groups(texts):
-            grams = ngrams.words(texts[group], self._config.normalize).ngrams(self._config.ngram)
+            grams = shingles.words(texts[group], self._config.normalize).ngrams(self._config.ngram)
             some = np.diff(grams.starts) > 0
             keys.append(self._band_keys(self.signatures(grams)))
             whose.append(places[group][some])
@@ -72,7 +72,7 @@ class MinHash:
         bands, rows = self._config.bands, self._config.rows
         parts = signatures.reshape(len(signatures), bands, rows).astype(np.uint64)
         sums = (parts * self._band[:, :rows]).sum(axis=2, dtype=np.uint64) + self._band[:, rows]
-        return ngrams.mix(sums)
+        return shingles.mix(sums)
 
     def resolve(self, rows: pa.Table) -> pa.Table:
         """Pairs of documents that meet under a key: each with the first that is there."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemel.config.data.dedup import EVERYTHING, Normalize
-from gemel.data.steps import ngrams
+from gemel.data.steps import shingles
 from gemel.data.steps.normal import BLOCK_CHARS, normal
 
 R, Q = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
@@ -38,7 +38,7 @@ def hash_ngrams(words: list[str], n: int) -> list[int]:
 @pytest.mark.parametrize("config", [Normalize(), EVERYTHING])
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_hashes_are_the_polynomials_of_the_words(config: Normalize, n: int) -> None:
-    words = ngrams.words(TEXTS, config)
+    words = shingles.words(TEXTS, config)
     grams = words.ngrams(n)
     for number, text in enumerate(normal(TEXTS, config).strings()):
         want = split(text)
@@ -49,8 +49,8 @@ def test_hashes_are_the_polynomials_of_the_words(config: Normalize, n: int) -> N
 def test_hashes_do_not_depend_on_the_batch_nor_on_length() -> None:
     long = "词 word  " * BLOCK_CHARS  # several pieces
     texts = ["short", long, "short", "x" * (BLOCK_CHARS + 5), "tail end"]
-    together = ngrams.words(texts, EVERYTHING)
+    together = shingles.words(texts, EVERYTHING)
     for number, text in enumerate(texts):
-        alone = ngrams.words([text], EVERYTHING)
+        alone = shingles.words([text], EVERYTHING)
         assert np.array_equal(alone.hashes, together.hashes[together.starts[number] : together.starts[number + 1]])
     assert np.diff(together.starts).tolist() == [1, 2 * BLOCK_CHARS, 1, 2, 2]  # a word longer than a piece is cut
