@@ -21,8 +21,7 @@ from gemel.data.step import Places
 from gemel.data.steps.normal import normalized
 from gemel.data.steps.shingles import Hashes
 
-_PARAGRAPH = re.compile(r"(\n[^\S\n]*\n\s*)")
-_LINE = re.compile(r"(\n)")
+_BETWEEN_PARAGRAPHS = re.compile(r"\n(?:[^\S\n]*\n)+")
 _PORTS = {"http": 80, "https": 443}
 
 _DOCUMENT_KEYS = pa.schema([("key", pa.uint64()), ("place", pa.uint64()), ("low", pa.uint64()), ("name", pa.large_string())])
@@ -77,7 +76,7 @@ class ExactParts:
 
     def keys(self, documents: Sequence[Document], places: Places) -> pa.Table:
         """One row for each part that is long enough."""
-        parts = [split(document.text, self._config.by)[::2] for document in documents]
+        parts = [split(document.text, self._config.by) for document in documents]
         counts = np.fromiter(map(len, parts), np.int64, len(parts))
         texts = normalized([part for document in parts for part in document], self._config.normalize)
         long = np.fromiter((len(text) >= self._config.min_part_chars for text in texts), np.bool_, len(texts))
@@ -96,7 +95,7 @@ class ExactParts:
         return findings.sort_by([("place", "ascending"), ("part", "ascending")])
 
     def apply(self, documents: Sequence[Document], places: Places, verdicts: pa.Table) -> Iterable[Document | Dropped]:
-        """Remove the parts, and what separated each from the one after."""
+        """Remove the parts."""
         place, part = verdicts["place"].to_numpy(), verdicts["part"].to_numpy()
         firsts, lasts = np.searchsorted(place, places), np.searchsorted(place, places, side="right")
         for document, first, last in zip(documents, firsts.tolist(), lasts.tolist(), strict=True):
@@ -106,15 +105,15 @@ class ExactParts:
 
 
 def split(text: str, by: str) -> list[str]:
-    """Parts, and between them what separates them."""
-    return (_PARAGRAPH if by == "paragraph" else _LINE).split(text)
+    """Its lines, or its paragraphs, which are separated by empty lines."""
+    return text.split("\n") if by == "line" else _BETWEEN_PARAGRAPHS.split(text)
 
 
 def remove(document: Document, by: str, numbers: Iterable[int], step: str, min_chars: int) -> Document | Dropped:
     """The document without some of its parts, counted as `step.by`; dropped as `step.short` if less than `min_chars` is left."""
-    parts = split(document.text, by)
     removed = set(numbers)
-    left = "".join("".join(parts[2 * i : 2 * i + 2]) for i in range((len(parts) + 1) // 2) if i not in removed).strip()
+    parts = [part for number, part in enumerate(split(document.text, by)) if number not in removed]
+    left = ("\n" if by == "line" else "\n\n").join(parts).strip("\n")
     if len(left) < min_chars:
         detail = f"{len(left)} of {len(document.text)} characters left without {len(removed)} repeated {by}s; limit {min_chars}"
         return Dropped(document, f"{step}.short", detail)

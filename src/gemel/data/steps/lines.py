@@ -59,7 +59,7 @@ class Lines:
 
     def _hash(self, documents: Sequence[Document]) -> tuple[Hashes, npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
         """The hash of every line, whether it is long enough, and how many lines each document has."""
-        lines = [exact.split(document.text, "line")[::2] for document in documents]
+        lines = [exact.split(document.text, "line") for document in documents]
         texts = [line for document in lines for line in document]
         hashes, long = [np.zeros(0, np.uint64)], [np.zeros(0, np.bool_)]
         for group in groups(texts):
