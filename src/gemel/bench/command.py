@@ -218,9 +218,8 @@ def _run_data(args: argparse.Namespace, head: dict[str, object], path: Path, con
     lines, result = data.compare(args.work, args.corpus, args.documents, path, args.peer, args.peer_python)
     here = machine.describe()
     if not args.json:
-        print(
-            f"{data.WORK[args.work]}: {result['documents']} documents, {result['characters'] / 1e6:.1f} M characters, {here.cpu}\n\n{lines}\n"
-        )
+        size = f"{result['documents']} documents, {result['characters'] / 1e6:.1f} M characters"
+        print(f"{size}, {here.cpu}, load average {here.load:.1f}\n{data.WORK[args.work]}\n\n{lines}\n")
     print(json.dumps(head | {"machine": asdict(here)} | result))
 
 
