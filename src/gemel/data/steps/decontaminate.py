@@ -36,15 +36,10 @@ class Decontaminate:
     def __init__(self, config: DecontaminateConfig):
         self._config = config
         items = [(number, text) for number, path in enumerate(config.files) for text in _read(path, config.fields)]
-        by_words: list[tuple[int, str]] = []
-        by_chars: list[tuple[int, str]] = []
-        short = 0
-        for number, text in items:
-            normalized = normal([text], config.normalize)
-            num_words = len(shingles.word_starts(normalized)[0])
-            without_spaces = 2 * int(normalized.alone.sum()) > num_words
-            short += num_words < (config.ngram_chars if without_spaces else config.ngram)
-            (by_chars if without_spaces else by_words).append((number, text))
+        num_words, without_spaces = self._describe([text for _, text in items])
+        short = int((num_words < np.where(without_spaces, config.ngram_chars, config.ngram)).sum())
+        by_words = [item for item, spaceless in zip(items, without_spaces.tolist(), strict=True) if not spaceless]
+        by_chars = [item for item, spaceless in zip(items, without_spaces.tolist(), strict=True) if spaceless]
         if short == len(items):
             names = ", ".join(map(str, config.files))
             raise ConfigError(f"none of the {len(items)} items in {names} has an n-gram of {config.ngram} words; set a smaller ngram")
@@ -64,6 +59,15 @@ class Decontaminate:
                 hits = [(table, rows, where) for table, texts_ in found for rows, where in [texts_[number]] if len(rows)]
                 matches = sum(len(np.unique(rows)) for _, rows, _ in hits)
                 yield self._drop(document, *hits[0], matches) if matches >= self._config.min_matches else document
+
+    def _describe(self, texts: Sequence[str]) -> tuple[Hits, npt.NDArray[np.bool_]]:
+        """How many words each text has, and whether most of them are characters of a script without word spaces."""
+        num_words, alone = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for group in groups(texts):
+            text = normal(texts[group], self._config.normalize)
+            num_words.append(np.diff(shingles.word_starts(text)[1]))
+            alone.append(np.diff(np.append(0, np.cumsum(text.alone))[text.starts]))
+        return np.concatenate(num_words), 2 * np.concatenate(alone) > np.concatenate(num_words)
 
     def _drop(self, document: Document, table: _Table, rows: Hits, where: Hits, matches: int) -> Dropped:
         text = normal([document.text], self._config.normalize)
