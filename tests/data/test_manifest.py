@@ -14,6 +14,7 @@ import tomli_w
 from gemel.config.errors import ConfigError
 from gemel.data import manifest
 from gemel.data.manifest import Lock, Shard
+from gemel.data.pipeline import make_plan
 from tests.data.runs import contents, corpus, do, first_of_each, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,8 +67,10 @@ print(at)
 
 
 def test_killed_at_every_point_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    path = corpus(tmp_path / "in", num=24)
-    what = recipe(path, [first_of_each(), {"kind": "length", "min_chars": 40}])
+    path = corpus(tmp_path / "in", num=14)
+    table = {"kind": "jsonl", "paths": [str(path)], "unit_bytes": 1024}
+    what = recipe(path, [first_of_each(), {"kind": "length", "min_chars": 40}], input=table)
+    assert len(make_plan(what).units) == 2
     (tmp_path / "run.toml").write_text(tomli_w.dumps(json.loads(json.dumps(what.what()))))
     (tmp_path / "outputs").mkdir()
     done = subprocess.run(
@@ -102,6 +105,15 @@ def test_two_runs_cannot_write_to_one_folder_but_members_of_one_can(tmp_path: Pa
         Lock(tmp_path, shared=False).__enter__()
     with Lock(tmp_path, shared=False):
         pass
+
+
+def test_what_killed_runs_have_left_is_cleared_away_by_who_is_alone(tmp_path: Path) -> None:
+    left = Shard(tmp_path, "kept/000000.txt")
+    with Lock(tmp_path, shared=True):
+        assert list((tmp_path / "work" / "tmp").iterdir())
+    with Lock(tmp_path, shared=False):
+        assert not (tmp_path / "work" / "tmp").exists()
+    left.abandon()
 
 
 def test_a_manifest_accounts_for_every_row(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -256,9 +257,13 @@ class Lock:
         self._file = (self._output / "work" / "lock").open("a")
         try:
             fcntl.flock(self._file, self._mode | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.close()
             raise ConfigError(f"another run is writing to {self._output}; wait for it, or give another --output") from None
+        except OSError:
+            pass  # this file system has no locks; two runs would do work twice, and still agree on every byte
+        if self._mode == fcntl.LOCK_EX:
+            shutil.rmtree(self._output / "work" / "tmp", ignore_errors=True)  # what killed runs have left
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
