@@ -11,8 +11,10 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,10 +22,10 @@ from typing import Any, Self
 import orjson
 import xxhash
 
-from gemel import __version__
 from gemel.config.errors import ConfigError
 from gemel.data.read.reader import Piece
 
+VERSION: str = import_module("gemel").__version__  # by name, because the package's front door leads to rooms above this one
 PRETTY = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SORT_KEYS
 
 
@@ -137,7 +139,7 @@ class Plan:
     units: tuple[tuple[int, tuple[Piece, ...]], ...]
     corpus: tuple[int, ...]
     num_ranges: int
-    version: str = __version__
+    version: str = VERSION
 
     @classmethod
     def read(cls, output: Path) -> Self | None:
@@ -255,9 +257,13 @@ class Lock:
         self._file = (self._output / "work" / "lock").open("a")
         try:
             fcntl.flock(self._file, self._mode | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.close()
             raise ConfigError(f"another run is writing to {self._output}; wait for it, or give another --output") from None
+        except OSError:
+            pass  # this file system has no locks; two runs would do work twice, and still agree on every byte
+        if self._mode == fcntl.LOCK_EX:
+            shutil.rmtree(self._output / "work" / "tmp", ignore_errors=True)  # what killed runs have left
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -266,7 +272,7 @@ class Lock:
 
 def write_manifest(output: Path, files: Mapping[str, Entry], stats: Mapping[str, Any]) -> None:
     """What a finished run consists of. Holds no times, hosts or worker numbers: equal results have equal manifests."""
-    values = {"version": __version__, "files": {name: asdict(entry) for name, entry in files.items()}, "stats": stats}
+    values = {"version": VERSION, "files": {name: asdict(entry) for name, entry in files.items()}, "stats": stats}
     write_file(output, "manifest.json", orjson.dumps(values, option=PRETTY))
 
 

@@ -31,6 +31,7 @@ from gemel.data.unit import Batch, Call, Progress, Sink, Source, UnitPass
 
 RANGE_BYTES = 128 * 2**20  # of input for one range of keys; keys are smaller than the text they are made of
 LEAST_RANGES, MOST_RANGES = 4, 4096
+OURS = ("work", "run.toml", "plan.json")  # what may be in a folder in which somebody else begins the same run at this moment
 READING, WRITING = "read", "write"  # the names of what stands before and after the recipe's own steps
 
 
@@ -90,7 +91,7 @@ class Job:
         plan = make_plan(recipe)
         output.mkdir(parents=True, exist_ok=True)
         if Plan.read(output) is None:
-            strange = sorted(path.name for path in output.iterdir() if path.name not in ("work", "run.toml"))
+            strange = sorted(path.name for path in output.iterdir() if path.name not in OURS)
             if strange:
                 raise ConfigError(f"{output} holds other files ({', '.join(strange[:3])}); give a new folder with --output")
             manifest.write_file(output, "run.toml", tomli_w.dumps(plan.recipe).encode())

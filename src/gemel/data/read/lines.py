@@ -39,7 +39,11 @@ def _records(chunks: Iterator[bytes], separator: bytes, max_bytes: int, offset: 
     long_bytes = 0  # and how much of it has been thrown away
     try:
         for chunk in chunks:
-            parts = (rest + chunk).split(separator)
+            if width == 1:
+                parts = chunk.split(separator)
+                parts[0] = rest + parts[0]
+            else:  # which may lie across the border of two chunks
+                parts = (rest + chunk).split(separator)
             rest = parts.pop()
             for part in parts:
                 if stop is not None and offset >= stop:
