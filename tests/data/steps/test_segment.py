@@ -80,6 +80,14 @@ def test_windows_of_a_running_hash_are_its_spans():
     assert len(running.windows(201)) == 0
 
 
+def test_pairs_of_words_have_the_same_hash_only_if_the_words_are_the_same():
+    words = [f"w{number}" for number in range(200)]
+    hashes = np.array([hash_of(word) for word in words], np.uint64)
+    pairs = np.stack(np.meshgrid(hashes, hashes), axis=-1).reshape(-1)
+    starts = np.arange(0, len(pairs), 2)
+    assert len(np.unique(RunningHash(pairs).spans(starts, starts + 2))) == 200 * 200
+
+
 def test_sentence_ends():
     text = 'He said "go." Then v1.2 came... Why?! 好。真的？“是的。”走\nno end'
     at = Segments([text]).sentence_ends
