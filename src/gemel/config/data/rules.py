@@ -325,3 +325,48 @@ class ClassifyConfig(Config):
     model: str
     name: Annotated[str, Field(min_length=1)] = "quality_score"
     min_score: Share = 0.5
+
+
+PROMPT = """Judge how useful the following extract of a document is for teaching, on a scale from 0 to {most}. Start at 0 and add points:
+- 1 if it holds some facts or explanations, even among advertising or navigation;
+- 1 if most of it is about one subject and written in whole sentences;
+- 1 if somebody who wants to learn about that subject would find it helpful and correct;
+- 1 if it is clear and complete enough for a lesson or a textbook;
+- 1 if it is outstanding: precise, well ordered, with reasons or examples, and nothing beside the subject.
+
+Extract:
+{text}
+
+Give the reasons in one or two sentences. Then write, on a line of its own, "Score: " and the number of points."""
+
+
+class LabelConfig(Config):
+    """Has a large language model label texts, from which the small classifier is trained (`gemel data label`).
+
+    endpoint        base URL of an OpenAI-compatible API
+    model           the model's name there
+    prompt          {text} stands for the text, {most} for the highest score; the answer must name a whole number
+    most            the highest score
+    max_characters  of a text that are shown, from its beginning
+    max_tokens      of an answer
+    concurrency     requests at once
+    batch           texts asked about before their labels are written
+    timeout_s       for one request
+    """
+
+    endpoint: str = "http://127.0.0.1:8000/v1"
+    model: str = ""
+    prompt: str = PROMPT
+    most: Annotated[int, Field(ge=1, le=100)] = 5
+    max_characters: PositiveInt = 4000
+    max_tokens: PositiveInt = 200
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    batch: PositiveInt = 64
+    timeout_s: Positive = 120.0
+
+    @field_validator("prompt")
+    @classmethod
+    def _shows_the_text(cls, prompt: str) -> str:
+        if "{text}" not in prompt:
+            raise ValueError("it must say with {text} where the text goes")
+        return prompt

@@ -28,7 +28,6 @@ Floats = npt.NDArray[np.float64]
 
 FORMAT = "gemel text classifier 1"
 MAX_CHARACTERS = 20_000  # of each text, from its beginning: a page is judged by its first ten pages
-_SPREAD = np.uint64(0xFF51AFD7ED558CCD)  # odd: multiplying spreads a hash over the high bits that are used
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +151,7 @@ def _features(texts: Sequence[str], bits: int) -> tuple[Index, Index]:
         pairs = np.flatnonzero(owner[:-1] == owner[1:])
         hashes = np.concatenate((segments.token_hash, running.windows(2)[pairs] if len(pairs) else segments.token_hash[:0]))
         owners = np.concatenate((owner, owner[pairs]))
-        places = (hashes * _SPREAD) >> np.uint64(64 - bits)
+        places = hashes >> np.uint64(64 - bits)
         filled = np.unique((owners << np.uint64(bits)) | places)
         parts.append((filled & np.uint64((1 << bits) - 1)).astype(np.int64))
         counts.append(np.bincount((filled >> np.uint64(bits)).astype(np.int64), minlength=len(batch)))

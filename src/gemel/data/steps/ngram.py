@@ -27,6 +27,7 @@ Unit = Literal["words", "spaces", "characters"]  # what a token is: a word or sy
 Floats = npt.NDArray[np.float32]
 
 BEGIN, END, UNKNOWN = (hash_of(word) for word in ("<s>", "</s>", "<unk>"))
+_UNKNOWN_KEY = RunningHash(np.array([UNKNOWN], np.uint64)).windows(1)  # as an n-gram of one word
 FORMAT = "gemel n-grams 1"
 NEVER = -99.0  # log10 of a probability that is never asked for, as ARPA files have it for <s>
 
@@ -78,7 +79,7 @@ class NgramModel:
         self.tables = tuple(tables)
         self.unit: Unit = unit
         self.fold = fold
-        row = int(self.tables[0].find(np.array([UNKNOWN], np.uint64))[0])
+        row = int(self.tables[0].find(_UNKNOWN_KEY)[0])
         self._unknown = float(self.tables[0].log_p[row]) if row >= 0 else NEVER
 
     def score(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -214,7 +215,7 @@ def _smooth(counts: _Counts, n: int, higher: _Counts | None, lower: list[Table],
         suffixes, different = np.unique(higher.suffix, return_counts=True)
         rows = np.searchsorted(counts.keys, suffixes)
         adjusted[rows] = np.where(counts.after_begin[rows], counts.raw[rows], different)
-    asked = counts.keys != np.uint64(BEGIN) if n == 1 else np.ones(len(counts.keys), np.bool_)
+    asked = ~counts.after_begin if n == 1 else np.ones(len(counts.keys), np.bool_)  # nothing leads to <s>
     kept = asked if n == 1 else counts.raw >= min_count
     discounted = adjusted - _discounts(adjusted[asked])[np.minimum(adjusted, 3)]
     contexts, group = np.unique(counts.context, return_inverse=True)  # of order 1 there is one, of no words
@@ -224,7 +225,8 @@ def _smooth(counts: _Counts, n: int, higher: _Counts | None, lower: list[Table],
     if n == 1:
         return _unigrams(counts.keys, np.where(asked, discounted / total[group], 0.0), asked, float(left[0]))
     below = lower[-1]
-    below.backoff[below.find(contexts)] = np.log10(left)
+    held = below.find(contexts)  # some were left out for being rare
+    below.backoff[held[held >= 0]] = np.log10(left[held >= 0])
     # Every suffix of an n-gram that is kept is kept too: it occurs at least as often.
     rows = below.find(counts.suffix[kept])
     p = discounted[kept] / total[group[kept]] + left[group[kept]] * 10.0 ** below.log_p[rows].astype(np.float64)
@@ -235,7 +237,7 @@ def _unigrams(keys: Hashes, p: npt.NDArray[np.float64], asked: Mask, left: float
     """Words share what is left with one that was never seen."""
     uniform = left / (int(asked.sum()) + 1)
     log_p = np.where(asked, np.log10(p + uniform), NEVER)
-    keys, log_p = np.append(keys, np.uint64(UNKNOWN)), np.append(log_p, np.log10(uniform))
+    keys, log_p = np.append(keys, _UNKNOWN_KEY), np.append(log_p, np.log10(uniform))
     order = np.argsort(keys)
     return Table(keys[order], log_p[order].astype(np.float32), np.zeros(len(keys), np.float32))
 
@@ -243,9 +245,9 @@ def _unigrams(keys: Hashes, p: npt.NDArray[np.float64], asked: Mask, left: float
 def _discounts(adjusted: Index) -> npt.NDArray[np.float64]:
     """What to take from counts of 0, 1, 2, and 3 or more (Chen and Goodman 1999, equation 26)."""
     n1, n2, n3, n4 = (int((adjusted == count).sum()) for count in (1, 2, 3, 4))
-    if not (n1 and n2 and n3 and n4):
-        return np.array([0.0, 0.5, 1.0, 1.5])  # too little text to estimate them: those that KenLM falls back on
-    y = n1 / (n1 + 2 * n2)
-    estimated = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
-    bounded: npt.NDArray[np.float64] = np.clip(estimated, 0.0, [0.0, 1.0, 2.0, 3.0])
-    return bounded
+    if n1 and n2 and n3 and n4:
+        y = n1 / (n1 + 2 * n2)
+        estimated = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+        if ((estimated >= 0) & (estimated <= [0, 1, 2, 3])).all():
+            return estimated
+    return np.array([0.0, 0.5, 1.0, 1.5])  # too little text, or not natural text: KenLM's fallback

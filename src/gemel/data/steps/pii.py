@@ -68,7 +68,7 @@ _PHONE = re.compile(
             _START + r"(?:\+?1[ .-])?(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[.-])[2-9][0-9]{2}[.-][0-9]{4}" + _END,
             # International: + and at least ten digits in one piece, or groups
             _START + r"\+[1-9][0-9]{9,14}" + _END,
-            _START + r"\+[1-9][0-9]{0,2}[ .-]?(?:\([0-9]{1,4}\)|[0-9]{1,4})(?:[ .-][0-9]{2,4}){2,4}" + _END,
+            _START + r"\+[1-9][0-9]{0,2}[ .-]?(?:\([0-9]{1,4}\)|[0-9]{1,4})(?:[ .-][0-9]{2,8}){1,4}" + _END,
         )
     )
 )
@@ -110,7 +110,7 @@ def find(text: str, rules: Sequence[PiiRule], public_only: bool = True) -> list[
         "bank_card": lambda: filter(_is_card, _CARD.finditer(text)) if has_number else (),
         "ipv6": lambda: (m for m in _IPV6.finditer(text) if _is_ipv6(m, public_only)) if _GROUPS.search(text) else (),
         "ipv4": lambda: (m for m in _IPV4.finditer(text) if _is_ipv4(m, public_only)) if _FOUR_NUMBERS.search(text) else (),
-        "phone": lambda: _PHONE.finditer(text) if has_number else (),
+        "phone": lambda: filter(_is_phone, _PHONE.finditer(text)) if has_number else (),
     }
     found: list[tuple[int, int, PiiRule]] = []
     taken = bytearray(len(text))
@@ -145,6 +145,12 @@ def _is_card(match: re.Match[str]) -> bool:
         return False
     doubled = (int(digit) * (1 + place % 2) for place, digit in enumerate(reversed(number)))
     return sum(value - 9 if value > 9 else value for value in doubled) % 10 == 0
+
+
+def _is_phone(match: re.Match[str]) -> bool:
+    """Numbers with a country code have 8 to 15 digits (ITU-T E.164); an extension may follow in China."""
+    number = match[0]
+    return not number.startswith("+") or number.startswith("+86") or 8 <= sum(c.isdigit() for c in number) <= 15
 
 
 def _is_ipv4(match: re.Match[str], public_only: bool) -> bool:

@@ -8,7 +8,7 @@ A word is a run of letters, digits and marks, with apostrophes, dots and commas 
 (Han, kana, Thai ...) every character is a word of its own. A run of one repeated symbol (`...`, `###`) is a symbol, not a word.
 
 Spans are compared by a polynomial hash modulo 2**64, the same wherever the span stands: with S the running sum of value[i] * B**i, the hash
-of [a, b) is (S[b] - S[a]) * B**-a. Any span of characters or of words costs two look-ups.
+of [a, b) is (S[b] - S[a]) * B**-a, stirred. Any span of characters or of words costs two look-ups.
 """
 
 from __future__ import annotations
@@ -107,12 +107,23 @@ class RunningHash:
 
     def spans(self, start: Index, end: Index) -> Hashes:
         """One hash for each [start, end)."""
-        return (self._sum[end] - self._sum[start]) * self._down[start]
+        return _mix((self._sum[end] - self._sum[start]) * self._down[start])
 
     def windows(self, width: int) -> Hashes:
         """The hash of [i, i + width) for every i."""
         count = max(0, len(self._sum) - width)
-        return (self._sum[width:] - self._sum[:count]) * self._down[:count] if count else np.empty(0, np.uint64)
+        return _mix((self._sum[width:] - self._sum[:count]) * self._down[:count]) if count else np.empty(0, np.uint64)
+
+
+def _mix(hashes: Hashes) -> Hashes:
+    """Makes sums into something that cannot be summed up again, in place.
+
+    Without it the hash of two words would be the sum of their letters' terms, and `w107 w61` would equal `w101 w67`.
+    """
+    hashes ^= hashes >> np.uint64(32)
+    hashes *= np.uint64(0xD6E8FEB86659FD93)
+    hashes ^= hashes >> np.uint64(32)
+    return hashes
 
 
 def batches(documents: Iterable[Document], characters: int = 1 << 18) -> Iterator[list[Document]]:
