@@ -61,7 +61,7 @@ class Tokenizer:
         library.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (*self.named.values(), *eos_texts)])
         library.encode_special_tokens = True
         self.library = library
-        self._strip, self._byte_level = _decoding(library)
+        self._strip, self.byte_level = _decoding(library)
         self._special = SpecialTokens(_special_tokens(library))
         self.special_ids = frozenset(token.id for token in self._special.tokens.values())
         # text that the vocabulary cannot spell becomes "unknown", which is no way to inject anything
@@ -182,7 +182,7 @@ class Tokenizer:
         """`token_bytes` of all ids, as a table."""
         vocabulary: dict[str, int] = self.library.get_vocab(with_added_tokens=True)
         table = [b""] * (max(vocabulary.values(), default=-1) + 1)
-        spell = unspell if self._byte_level else _sentencepiece_spelling
+        spell = unspell if self.byte_level else _sentencepiece_spelling
         for token, index in vocabulary.items():
             table[index] = spell(token)
         return table
