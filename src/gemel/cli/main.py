@@ -58,11 +58,11 @@ class Parser(argparse.ArgumentParser):
 
     def _options(self) -> list[str]:
         """Those of the verb and of all its actions."""
-        actions = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        return [
-            *self._option_string_actions,
-            *(option for parsers in actions for parser in parsers.values() for option in parser._options()),
-        ]
+        found = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [option for parser in action.choices.values() for option in parser._options()]
+        return found
 
     def error(self, message: str) -> NoReturn:
         """One line and the place to look."""
