@@ -16,7 +16,10 @@ from tests.tokenizer.shapes import NAMED, byte_level_library, tokenizer
 from tests.tokenizer.test_conversation import FULL
 
 PLAIN = ("chatml", "llama3", "mistral", "qwen", "phi")
-GLUED = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+GLUED = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 THINK = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
@@ -49,12 +52,17 @@ def test_answers_and_their_ends_are_trained(shape: str, kind: str, system: str) 
     ours = tokenizer(shape, kind)
     conversation = talk("Hello 24, 你好?", "Hi there <|im_end|>, 您好!", "and now > ?", "bye", system=system)
     encoded = encode_conversation(ours, conversation)
-    space = " " if shape == "mistral" else ""
+    before = {"mistral": " ", "phi": "<|assistant|>"}.get(shape, "")  # this phi has no generation prompt, so the header is generated
     # SentencePiece puts a space before each stretch of text that follows a special token
     got = [text.replace(" ", "") if kind == "prepend" else text for text in runs(ours, encoded)]
-    want = [space + "Hi there <|im_end|>, 您好!" + ENDS[shape], space + "bye" + ENDS[shape]]
+    want = [before + "Hi there <|im_end|>, 您好!" + ENDS[shape], before + "bye" + ENDS[shape]]
     assert got == [text.replace(" ", "") if kind == "prepend" else text for text in want]
-    assert encoded.ids == ours.render_chat([m.as_chat() for m in conversation.messages], add_generation_prompt=False)
+    rendered = ours.render_chat([m.as_chat() for m in conversation.messages], add_generation_prompt=False)
+    if (shape, kind) == ("llama3", "byte-level"):
+        # two line ends are one token at the end of a prompt, and two where a word follows; the server's prompt counts
+        assert ours.decode(encoded.ids, skip_special=False) == ours.decode(rendered, skip_special=False)
+    else:
+        assert encoded.ids == rendered
 
 
 @pytest.mark.parametrize("shape", PLAIN)
@@ -66,7 +74,10 @@ def test_a_turn_begins_where_the_prompt_of_the_server_ends(shape: str) -> None:
     assert len(starts) == 2
     for start, index in zip(starts, (1, 3), strict=True):
         prompt = ours.render_chat([m.as_chat() for m in conversation.messages[:index]])
-        assert encoded.ids[:start] == prompt
+        header = prompt[max(i for i, token in enumerate(prompt) if token in ours.special_ids) :]
+        assert encoded.ids[start - len(header) : start] == header
+        assert ours.decode(encoded.ids[:start], skip_special=False) == ours.decode(prompt, skip_special=False)
+    assert encoded.ids[: starts[0]] == ours.render_chat([conversation.messages[0].as_chat()])
 
 
 def test_tools_calls_and_reasoning_are_trained_and_results_are_not() -> None:
@@ -126,7 +137,7 @@ def test_a_template_that_rewrites_the_past_needs_several_sequences() -> None:
     assert runs(ours, last) == ["<think>\nit is\n</think>\n\nyes<|im_end|>"]
     assert runs(ours, first) == ["<think>\none and one\n</think>\n\n2<|im_end|>"]
     assert "one and one" not in ours.decode(last.ids)
-    with pytest.raises(RequestError, match="'c7'.*2 sequences"):
+    with pytest.raises(RequestError, match=r"'c7'.*2 sequences"):
         encode_conversation(ours, conversation)
     way_out = Conversation((said[0], Message("assistant", "2", reasoning="one and one", train=False), *said[2:]), "c7", "t")
     assert encode_conversation(ours, way_out) == last
@@ -149,7 +160,8 @@ def test_whatever_is_said_the_trained_tokens_spell_the_answers(shape: str, conte
     contents = contents[: len(contents) // 2 * 2]
     ours = tokenizer(shape)
     encoded = encode_conversation(ours, talk(*contents))
-    assert [text.removesuffix(ENDS[shape]).strip() for text in runs(ours, encoded)] == [text.strip() for text in contents[1::2]]
+    spoken = [text.removeprefix("<|assistant|>").removesuffix(ENDS[shape]).strip() for text in runs(ours, encoded)]
+    assert spoken == [text.strip() for text in contents[1::2]]
     whole: list[Any] = [m.as_chat() for m in talk(*contents).messages]
     assert ours.decode(encoded.ids, skip_special=False) == ours.decode(
         ours.render_chat(whole, add_generation_prompt=False), skip_special=False
