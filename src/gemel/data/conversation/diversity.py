@@ -63,10 +63,14 @@ def words(text: str) -> list[str]:
 
 
 def distinct(texts: Sequence[str], n: int, seed: int = 0) -> float:
-    """The share of different n-grams among SAMPLE_NGRAMS of them, drawn at random if there are more."""
-    grams = [tuple(parts[i : i + n]) for text in texts for parts in [words(text)] for i in range(len(parts) - n + 1)]
-    if len(grams) > SAMPLE_NGRAMS:
-        grams = random.Random(seed).sample(grams, SAMPLE_NGRAMS)
+    """The share of different n-grams among SAMPLE_NGRAMS of them, or all if there are fewer; of texts in random order."""
+    grams: list[tuple[str, ...]] = []
+    for text in random.Random(seed).sample(texts, len(texts)):
+        parts = words(text)
+        grams += [tuple(parts[i : i + n]) for i in range(len(parts) - n + 1)]
+        if len(grams) >= SAMPLE_NGRAMS:
+            break
+    grams = grams[:SAMPLE_NGRAMS]
     return len(set(grams)) / max(len(grams), 1)
 
 

@@ -25,7 +25,7 @@ Answer = Conversation | Dropped
 # Looked for at the start of an answer only, because a good one may quote such sentences.
 REFUSALS = (
     r"\b(?:i(?:'|’)?m|i am) (?:sorry|afraid)\b.{0,40}\b(?:can(?:not|(?:'|’)t)|unable|not able|won(?:'|’)t)\b",
-    r"\b(?:i|we) (?:can(?:not|(?:'|’)t)|am unable to|won(?:'|’)t|will not) (?:assist|help|fulfill?|comply|provide|create|generate|answer)\b",
+    r"\b(?:i|we) (?:can(?:not|(?:'|’)t)|am unable to|won(?:'|’)t|will not) (?:assist|help|fulfill?|comply|provide|create|answer)\b",
     r"\bas an? (?:ai|artificial intelligence|(?:large )?language)(?: language)?(?: model| assistant)?\b",
     r"\bi(?:'|’)?m (?:just )?an ai\b",
     r"(?:抱歉|对不起|很遗憾|不好意思).{0,12}(?:无法|不能|没办法|不会|不可以)",
