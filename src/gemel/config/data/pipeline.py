@@ -114,7 +114,7 @@ class PackageInput(InputConfig):
 
     names    packages or modules as they are imported; `stdlib` stands for the standard library
     part     `source` gives each module's file, `docstring` each docstring of a module, class or function
-    exclude  modules in which one of these names occurs between dots are left out
+    exclude  files and folders of these names inside a package are left out
     """
 
     kind: Literal["package"]

@@ -33,8 +33,8 @@ class PackageReader:
 
     def pieces(self) -> list[Piece]:
         """As `Reader.pieces`."""
-        paths = [path for name in self.config.names for path in modules(name)]
-        kept = [path for path in dict.fromkeys(paths) if not set(module_name(path).split(".")) & set(self.config.exclude)]
+        found = {path: path.relative_to(folder) for name in self.config.names for folder, path in modules(name)}
+        kept = [path for path, inside in found.items() if not {*inside.parts, inside.stem} & set(self.config.exclude)]
         if not kept:
             raise ConfigError(f"of the packages {', '.join(self.config.names)}, exclude = {list(self.config.exclude)} leaves nothing")
         return [Piece(str(path), 0, size, size) for path in kept for size in (path.stat().st_size,)]
@@ -80,11 +80,14 @@ def _documented(node: ast.AST, path: str) -> Iterator[tuple[str, ast.Module | as
         yield from _documented(child, f"{path}.{child.name}".lstrip(".") if named else path)  # type: ignore[attr-defined]
 
 
-def modules(name: str) -> list[Path]:
-    """The source files of a package or module, or of the standard library, sorted. Errors: `ConfigError` if it is not installed."""
+def modules(name: str) -> list[tuple[Path, Path]]:
+    """The source files of a package or module, or of the standard library, sorted, each after the folder that it is imported from.
+
+    Errors: `ConfigError` if it is not installed.
+    """
     if name == STANDARD_LIBRARY:
         folder = Path(sysconfig.get_path("stdlib"))
-        return sorted(path for path in folder.rglob("*.py") if not {"site-packages", "dist-packages"} & set(path.parts))
+        return sorted((folder, path) for path in folder.rglob("*.py") if not {"site-packages", "dist-packages"} & set(path.parts))
     places: list[str] | None = None
     found = None
     for i in range(1, len(name.split(".")) + 1):  # find_spec would import the parents
@@ -94,10 +97,10 @@ def modules(name: str) -> list[Path]:
             raise ConfigError(f"package {name!r} is not installed for {sys.executable}; install it, or name another")
     assert found is not None
     if places:
-        return sorted(path for place in places for path in Path(place).rglob("*.py"))
+        return sorted((Path(place).parent, path) for place in places for path in Path(place).rglob("*.py"))
     if not found.origin or not found.origin.endswith(".py"):
         raise ConfigError(f"module {name!r} has no Python source; name another")
-    return [Path(found.origin)]
+    return [(Path(found.origin).parent, Path(found.origin))]
 
 
 def module_name(path: Path) -> str:
