@@ -52,7 +52,7 @@ def _table(report: dict[str, Any]) -> str:
     """A line per file, and below it what was mended and lost; then a line per step."""
     from gemel.bench.report import aligned
 
-    rows = [("file", "rows", "with conversations", "lost", "conversations")]
+    rows: list[tuple[str, ...]] = [("file", "rows", "with conversations", "lost", "conversations")]
     notes = []
     for path, tally in report["files"].items():
         name, lost = Path(path).name, sum(tally["lost"].values())
@@ -60,7 +60,7 @@ def _table(report: dict[str, Any]) -> str:
         notes += [f"  {name}: {reason} {count:,}" for kind in ("lost", "repaired") for reason, count in tally[kind].items()]
     lines = [aligned(rows), *notes]
     if report["steps"]:
-        steps = [("step", "before", "dropped", "added", "after")]
+        steps: list[tuple[str, ...]] = [("step", "before", "dropped", "added", "after")]
         steps += [
             (s["kind"], *(f"{n:,}" for n in (s["before"], sum(s["dropped"].values()), s["added"], s["after"]))) for s in report["steps"]
         ]

@@ -52,13 +52,13 @@ def _dropped(row: object, source: str, place: str, broken: Broken) -> Dropped:
 
 def _read(known: Json, data_set: DataSet, counts: Repairs) -> list[Conversation]:
     tools = tool_list(known.get("tools"), counts)
+    question = known.get("instruction")
+    if not _filled(known, "messages") and isinstance(question, list) and any(isinstance(part, dict | list) for part in question):
+        known = {**known, "messages": question, "instruction": None}
     if _filled(known, "rejected") and (_filled(known, "chosen") or _filled(known, "output")):
         return [_pair(known, tools, data_set, counts)]
     if isinstance(known.get("instances"), list):
         return _instances(known, tools, data_set, counts)
-    question = known.get("instruction")
-    if not _filled(known, "messages") and isinstance(question, list) and any(isinstance(part, dict | list) for part in question):
-        known = known | {"messages": known.pop("instruction")}
     if "messages" in known and not (known["messages"] in (None, "", []) and _filled(known, "instruction")):
         spoken = _started(message_list(known["messages"], data_set, counts), known, data_set, counts)
         unused = _unused(known)
@@ -137,10 +137,10 @@ def _pair(known: Json, tools: tuple[Json, ...], data_set: DataSet, counts: Repai
         question = _question(known, counts)
         prompt += [Message("user", question)] if question else []
     prompt += shared
-    if not prompt or all(message.role != "user" for message in prompt):
-        raise Broken("sft.no_instruction", "the pair has no question")
     if any(message.role == "user" for message in (*better, *worse)):
         raise Broken("sft.pair_diverges_early", "the two conversations differ before the last answer")
+    if not prompt or all(message.role != "user" for message in prompt):
+        raise Broken("sft.no_instruction", "the pair has no question")
     if not all(message.content or message.tool_calls for message in (better[-1], worse[-1])):
         raise Broken("sft.no_output", "one answer of the pair is empty")
     if better == worse:

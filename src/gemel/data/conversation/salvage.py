@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +100,8 @@ def objects(text: str) -> Iterator[Row | Lost]:
         for number, line in lines:
             yield from _line(line, f"line {number}")
     else:
-        yield from _scan(text)
+        for found in _scan(text):
+            yield Row(found.value, found.place, ("repaired.broken_list", *found.repairs)) if isinstance(found, Row) else found
 
 
 def _rows_of(whole: Any) -> Iterator[Row | Lost]:
@@ -149,7 +149,7 @@ def _line(line: str, place: str) -> Iterator[Row | Lost]:
 
 def _scan(text: str) -> Iterator[Row | Lost]:
     """Objects one after the other, whatever stands between them."""
-    at, keys, lines = 0, Counter[str](), _LineCounter(text)
+    at, keys, lines = 0, set[str](), _LineCounter(text)
     while True:
         at = _after_blank(text, at)
         if at == len(text):
@@ -168,7 +168,7 @@ def _scan(text: str) -> Iterator[Row | Lost]:
             keys.update(mended[0])
             yield Row(mended[0], place, (mended[1],))
         else:
-            reason, detail = _why(lost)
+            reason, detail = _why(lost, at_end=following == len(text))
             yield Lost(lost.strip()[:MAX_LOST_CHARS], place, reason, detail)
         at = following
 
@@ -194,7 +194,7 @@ def _object_at(text: str, at: int) -> tuple[dict[str, Any] | None, int, tuple[st
     return row, end, repairs
 
 
-def _next_object(text: str, start: int, keys: Counter[str]) -> int:
+def _next_object(text: str, start: int, keys: set[str]) -> int:
     """Where the next sound object begins that looks like a row and not like a part of the broken one."""
     for match in _NEXT_OBJECT.finditer(text, start):
         row, _, _ = _object_at(text, match.end())
@@ -220,14 +220,14 @@ def _mend(text: str) -> tuple[dict[str, Any], str] | None:
     return (row, "repaired.python_literal") if isinstance(row, dict) and all(isinstance(key, str) for key in row) else None
 
 
-def _why(text: str) -> tuple[str, str]:
+def _why(text: str, at_end: bool) -> tuple[str, str]:
     if not text.lstrip().startswith("{"):
         return "sft.not_object", f"text outside of any object: {text.strip()[:40]!r}"
     try:
         _decoder.raw_decode(text.lstrip())
     except ValueError as error:
-        broken_off = getattr(error, "pos", 0) >= len(text.strip()) - 1 or "Unterminated" in str(error)
-        return ("sft.broken_off" if broken_off else "sft.broken_json"), str(error)
+        unfinished = at_end and (getattr(error, "pos", 0) >= len(text.strip()) - 1 or "Unterminated" in str(error))
+        return ("sft.broken_off" if unfinished else "sft.broken_json"), str(error)
     except RecursionError:
         return "sft.too_deep", "nested deeper than Python can follow"
     return "sft.broken_json", "not like the other rows"
