@@ -20,7 +20,7 @@ from typing import NoReturn, Protocol, cast
 
 from gemel import __version__
 
-VERBS = ("pull", "serve", "chat", "generate", "data", "bench", "doctor")
+VERBS = ("pull", "serve", "chat", "generate", "data", "tokenizer", "bench", "doctor")
 
 # torch's OpenMP threads spin for a long time at every barrier before they sleep. On a machine that somebody else uses too, the thread that
 # is waited for does not get its core while the other spins, and a step takes ten times as long. So many loops are some microseconds. The
@@ -53,9 +53,17 @@ class Parser(argparse.ArgumentParser):
         """As argparse's, with a proposal for an option that does not exist."""
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._options(), n=1)
             self.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
         return known
+
+    def _options(self) -> list[str]:
+        """Those of the verb and of all its actions."""
+        found = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [option for parser in action.choices.values() for option in parser._options()]
+        return found
 
     def error(self, message: str) -> NoReturn:
         """One line and the place to look."""
