@@ -91,7 +91,7 @@ struct Bf16 {
     static constexpr int kStep = 2 * W;
     static Two load_lines(const bf16* w, int64_t) {
         Two lines;
-        load_pairs(w, lines.first, lines.second);
+        lines = {load_first(w), load_second(w)};
         return lines;
     }
 };
