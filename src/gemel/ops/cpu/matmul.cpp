@@ -99,9 +99,9 @@ struct Block {
 
     void f32() const {
         const float* a = x.f32 + row * x.ld;
-        if (rows == 1) return several([&](auto n, int p, int64_t next) {
-            const auto* w = reinterpret_cast<const float*>(panel_at(weight, panel + p * apart, 0));
-            tile_f32<1, n>(a, x.ld, w, NR, weight.k, at(p, 0), NR, false, next / 4);
+        if (rows == 1) return together([&](auto n, int64_t next) {
+            const auto* w = reinterpret_cast<const float*>(panel_at(weight, panel, 0));
+            tile_f32<1, n>(a, x.ld, w, NR, weight.k, at(0, 0), NR, false, next / 4);
         });
         along_k(stretch(kRows), [&](int p, int from, int k, const Ahead& ahead) {
             const auto* w = reinterpret_cast<const float*>(panel_at(weight, panel + p * apart, from));
@@ -115,9 +115,9 @@ struct Block {
 #else
         const bf16_act* a = x.f32 + row * x.ld;
 #endif
-        if (rows == 1) return several([&](auto n, int p, int64_t next) {
-            const auto* w = reinterpret_cast<const gemel::bf16*>(panel_at(weight, panel + p * apart, 0));
-            tile_bf16<1, n>(a, x.ld, w, 2 * NR, weight.k, at(p, 0), NR, false, next / 2);
+        if (rows == 1) return together([&](auto n, int64_t next) {
+            const auto* w = reinterpret_cast<const gemel::bf16*>(panel_at(weight, panel, 0));
+            tile_bf16<1, n>(a, x.ld, w, 2 * NR, weight.k, at(0, 0), NR, false, next / 2);
         });
         along_k(stretch(kRows), [&](int p, int from, int k, const Ahead& ahead) {
             const auto* w = reinterpret_cast<const gemel::bf16*>(panel_at(weight, panel + p * apart, from));
@@ -125,12 +125,10 @@ struct Block {
         });
     }
 
-    // Panels in fours where there are four, else one by one.
+    // One row goes through all panels at once: work(Count<panels>, bytes from one to the next).
     template <class Work>
-    void several(const Work& work) const {
-        int p = 0;
-        for (; p + 4 <= panels; p += 4) work(Count<4>{}, p, apart * panel_bytes(weight));
-        for (; p < panels; p++) work(Count<1>{}, p, 0);
+    void together(const Work& work) const {
+        with_count<kBlockPanels>(panels, [&](auto n) { work(n, apart * panel_bytes(weight)); });
     }
 
     Rounded rounded(int r, int from) const {
@@ -159,7 +157,7 @@ struct Block {
 #if GEMEL_AVX2
         if (rows >= kUnpackedFrom) return unpacked<Pairs>();
 #endif
-        if (rows == 1) return several([&](auto n, int p, int64_t next) { i8_tile<1, n>(p, next, 0, 0, weight.k); });
+        if (rows == 1) return together([&](auto n, int64_t next) { i8_tile<1, n>(0, next, 0, 0, weight.k); });
         along_k(stretch(kIntegerRows), [&](int p, int from, int k, const Ahead& ahead) {
             in_tiles<kIntegerRows>(rows, ahead, [&](auto n, int r) { i8_tile<n, 1>(p, 0, r, from, k); });
         });
@@ -179,7 +177,7 @@ struct Block {
 #if GEMEL_AVX2
         if (rows >= kUnpackedFrom) return unpacked<Quads>();
 #endif
-        if (rows == 1) return several([&](auto n, int p, int64_t next) { i4_tile<1, n>(p, next, 0, 0, weight.k); });
+        if (rows == 1) return together([&](auto n, int64_t next) { i4_tile<1, n>(0, next, 0, 0, weight.k); });
         along_k(stretch(kIntegerRows), [&](int p, int from, int k, const Ahead& ahead) {
             in_tiles<kIntegerRows>(rows, ahead, [&](auto n, int r) { i4_tile<n, 1>(p, 0, r, from, k); });
         });
