@@ -78,11 +78,13 @@ struct Block {
 
     float* at(int p, int r) const { return sums + (static_cast<int64_t>(p) * rows + r) * NR; }
 
-    // How far along k a stretch goes if tiles have up to `most_rows` rows.
+    // How far along k a stretch goes if tiles have up to `most_rows` rows: stretches are about equally long.
     int stretch(int most_rows) const {
         const int unit = weight.format == GEMEL_I4 ? 128 : kGroup;
         if (rows <= most_rows) return weight.k;
-        return static_cast<int>(kStretchBytes / bytes_along(weight, unit) * unit);
+        const int units = (weight.k + unit - 1) / unit, most = static_cast<int>(kStretchBytes / bytes_along(weight, unit));
+        const int stretches = (units + most - 1) / most;
+        return (units + stretches - 1) / stretches * unit;
     }
 
     template <class Work>
