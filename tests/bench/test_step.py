@@ -90,6 +90,16 @@ def test_watching_leaves_no_trace(text):
     assert not {"schedule", "commit"} & vars(text.engine.scheduler).keys()
 
 
+def test_only_steps_of_all_streams_count_though_they_begin_one_after_another(cost):
+    """Prompts of 20 tokens, read 8 at a time: the first stream makes tokens long before the last has begun."""
+    config = CONFIG.model_copy(update={"max_step_tokens": 8})
+    text = TextEngine(Engine(tiny.build(), config), Tokenizer(byte_level_library()))
+    profile = step.profile(text, cost, batch=3, context=20, num_steps=5)
+    assert len(profile.steps) == 5
+    assert min(one.model_s["model"] for one in profile.steps) > 0
+    assert not text.has_work
+
+
 def test_parts_of_torch_steps_add_up_to_the_step(text, cost):
     profile = step.profile(text, cost, batch=3, context=20, num_steps=5)
     assert (len(profile.steps), profile.native) == (5, False)
