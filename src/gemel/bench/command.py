@@ -27,7 +27,9 @@ TIMED = {
 BENCHMARKS = TIMED | {
     "step": "steps of one and of many streams: where each microsecond of them goes",
     "quality": "perplexity of a text, and how far the model's distributions are from fp32's",
+    "data": "cleaning a corpus into tokens of the model: documents per processor second, beside a peer",
 }
+WORK = ("near-duplicates", "clean", "pages")  # gemel.bench.data.WORK, which help must not import; a test compares them
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,11 @@ class Option:
     def flag(self) -> str:
         """As it is written on the command line."""
         return f"--{self.name}"
+
+    @property
+    def dest(self) -> str:
+        """Its name among parsed arguments."""
+        return self.name.replace("-", "_")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +78,18 @@ def _counts(text: str) -> tuple[int, ...]:
     return tuple(_count(part) for part in text.split(","))
 
 
+def _work(text: str) -> str:
+    if text not in WORK:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(WORK)}")
+    return text
+
+
+def _peer(text: str) -> str:
+    if text != "datatrove":
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be measured; datatrove can")
+    return text
+
+
 OPTIONS = (
     Option("workload", Path, None, TIMED, "JSON workload; default: a small one made to fit the model", "FILE"),
     Option("repeat", _count, 3, TIMED, "how often each run is timed"),
@@ -80,6 +99,11 @@ OPTIONS = (
     Option("text", Path, None, ("quality",), "UTF-8 text; default: docstrings of Python's standard library", "FILE"),
     Option("window", _count, 256, ("quality",), "the text is cut into windows of so many tokens", "TOKENS"),
     Option("tokens", _count, 16384, ("quality",), "so much of the text is scored at most", "TOKENS"),
+    Option("corpus", Path, None, ("data",), "JSONL with text and id, as bench/corpus.py makes; must be given", "FILE"),
+    Option("documents", _count, 2000, ("data",), "so many of it are taken at most"),
+    Option("work", _work, "clean", ("data",), f"what is done: {', '.join(WORK)}", "WORK"),
+    Option("peer", _peer, None, ("data",), "also measure this: datatrove", "PEER"),
+    Option("peer-python", Path, None, ("data",), "the Python that the peer is installed for", "FILE"),
 )
 
 
@@ -91,11 +115,11 @@ def _settle(args: argparse.Namespace) -> argparse.Namespace:
     for option in OPTIONS:
         if args.benchmark in option.benchmarks:
             default = option.parse(option.default) if isinstance(option.default, str) else option.default
-            settled.setdefault(option.name, default)
-        elif option.name in settled:
+            settled.setdefault(option.dest, default)
+        elif option.dest in settled:
             raise ConfigError(f"{option.flag} has no effect on {args.benchmark}; it belongs to: {', '.join(option.benchmarks)}")
-    if args.profile and args.benchmark == "quality":
-        raise ConfigError("--profile has no effect on quality; `gemel bench step --profile` shows where time goes")
+    if args.profile and args.benchmark in ("quality", "data"):
+        raise ConfigError(f"--profile has no effect on {args.benchmark}; `gemel bench step --profile` shows where time goes")
     return argparse.Namespace(**settled)
 
 
@@ -108,6 +132,8 @@ def run(args: argparse.Namespace, name: str, path: Path, config: EngineConfig) -
             _run_step(args, head, path, config)
         case "quality":
             _run_quality(args, head, path, config)
+        case "data":
+            _run_data(args, head, path, config)
         case _:
             _run_timed(args, head, path, config)
     return 0
@@ -178,6 +204,23 @@ def _run_quality(args: argparse.Namespace, head: dict[str, object], path: Path, 
         {"figures": {name: figure.as_json() for name, figure in figures.items()}},
         only_json=args.json,
     )
+
+
+def _run_data(args: argparse.Namespace, head: dict[str, object], path: Path, config: EngineConfig) -> None:
+    from gemel.bench import data, machine
+    from gemel.config.engine import EngineConfig
+    from gemel.config.errors import ConfigError
+
+    if config != EngineConfig():
+        raise ConfigError("engine flags have no effect on data, which uses no engine; leave them out")
+    if args.corpus is None:
+        raise ConfigError("data needs --corpus FILE; `python bench/corpus.py FILE` makes one")
+    lines, result = data.compare(args.work, args.corpus, args.documents, path, args.peer, args.peer_python)
+    here = machine.describe()
+    if not args.json:
+        size = f"{result['documents']} documents, {result['characters'] / 1e6:.1f} M characters"
+        print(f"{size}, {here.cpu}, load average {here.load:.1f}\n{data.WORK[args.work]}\n\n{lines}\n")
+    print(json.dumps(head | {"machine": asdict(here)} | result))
 
 
 def _print(

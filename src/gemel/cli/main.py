@@ -1,7 +1,8 @@
 """`gemel VERB ...`: finds the verb, imports only that one, and turns what goes wrong into one line and a status.
 
-A verb is a module of this room with `HELP`, `EXAMPLE`, `add_arguments` and `run`. Neither this module nor the top of a verb's module
-imports torch or pydantic, because help must be there at once; a verb imports what it needs inside `run`.
+A verb is a module of this room with `HELP`, `EXAMPLE`, `add_arguments` and `run`, and perhaps `VERBS` below it: `gemel data inspect` is the
+module `data_inspect`. Neither this module nor the top of a verb's module imports torch or pydantic, because help must be there at once; a
+verb imports what it needs inside `run`.
 
 Exit status: 0 done, 1 the answer is no (doctor found something missing), 2 the user's mistake, 130 interrupted.
 """
@@ -19,7 +20,7 @@ from typing import NoReturn, Protocol, cast
 
 from gemel import __version__
 
-VERBS = ("pull", "serve", "chat", "generate", "bench", "doctor")
+VERBS = ("pull", "serve", "chat", "generate", "data", "tokenizer", "bench", "doctor")
 
 # torch's OpenMP threads spin for a long time at every barrier before they sleep. On a machine that somebody else uses too, the thread that
 # is waited for does not get its core while the other spins, and a step takes ten times as long. So many loops are some microseconds. The
@@ -52,9 +53,17 @@ class Parser(argparse.ArgumentParser):
         """As argparse's, with a proposal for an option that does not exist."""
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._options(), n=1)
             self.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
         return known
+
+    def _options(self) -> list[str]:
+        """Those of the verb and of all its actions."""
+        found = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [option for parser in action.choices.values() for option in parser._options()]
+        return found
 
     def error(self, message: str) -> NoReturn:
         """One line and the place to look."""
@@ -62,14 +71,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def verb(name: str) -> Verb:
-    """The verb's module, imported now."""
-    return cast(Verb, import_module(f"gemel.cli.{name}"))
+    """The verb's module, imported now. A verb below another is named with it, as in `data inspect`."""
+    return cast(Verb, import_module(f"gemel.cli.{name.replace(' ', '_')}"))
+
+
+def below(name: str) -> tuple[str, ...]:
+    """The verbs below a verb."""
+    return getattr(verb(name), "VERBS", ())
 
 
 def parser(name: str) -> Parser:
     """The verb's argument parser."""
     module = verb(name)
-    made = Parser(f"gemel {name}", module.HELP, "example:\n" + "\n".join(f"  {line}" for line in module.EXAMPLE.splitlines()))
+    lines = [f"  gemel {name} {other:<9} {verb(f'{name} {other}').HELP}" for other in below(name)]
+    verbs = "\n".join(["verbs:", *lines, "", ""]) if lines else ""
+    made = Parser(f"gemel {name}", module.HELP, verbs + "example:\n" + "\n".join(f"  {line}" for line in module.EXAMPLE.splitlines()))
     module.add_arguments(made)
     return made
 
@@ -123,7 +139,10 @@ def _dispatch(argv: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"verbs: {', '.join(VERBS)}"
         print(f"gemel: there is no verb {name!r}; {hint}", file=sys.stderr)
         return 2
-    status = verb(name).run(parser(name).parse_args(argv[1:]))
+    rest = argv[1:]
+    if rest and rest[0] in below(name):
+        name, rest = f"{name} {rest[0]}", rest[1:]
+    status = verb(name).run(parser(name).parse_args(rest))
     sys.stdout.flush()
     return status
 

@@ -27,6 +27,7 @@ from tokenizers import AddedToken, pre_tokenizers
 from gemel.config.errors import RequestError, UnsupportedError
 from gemel.tokenizer import chat
 from gemel.tokenizer.special import SpecialToken, SpecialTokens
+from gemel.tokenizer.spelling import unspell
 from gemel.tokenizer.stream import Detokenizer
 from gemel.tokenizer.template import ChatTemplate
 
@@ -60,7 +61,7 @@ class Tokenizer:
         library.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (*self.named.values(), *eos_texts)])
         library.encode_special_tokens = True
         self.library = library
-        self._strip, self._byte_level = _decoding(library)
+        self._strip, self.byte_level = _decoding(library)
         self._special = SpecialTokens(_special_tokens(library))
         self.special_ids = frozenset(token.id for token in self._special.tokens.values())
         # text that the vocabulary cannot spell becomes "unknown", which is no way to inject anything
@@ -139,12 +140,25 @@ class Tokenizer:
 
         It may take as long as a template is allowed to (1 s of CPU time): call it outside of an event loop.
         """
-        template = self._template(bool(tools))
-        pieces = chat.render(template, self._special, self.named, messages, tools, add_generation_prompt, continue_final_message)
         ids: list[int] = []
-        for index, piece in enumerate(pieces):
-            ids += [piece] if isinstance(piece, int) else self._encode(piece, self._continued if index else self.library)
+        for index, piece in enumerate(self.chat_pieces(messages, tools, add_generation_prompt, continue_final_message)):
+            ids += [piece] if isinstance(piece, int) else self.encode_piece(piece, first=index == 0)
         return ids
+
+    def chat_pieces(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int | str]:
+        """What `render_chat` encodes: ids of the template's special tokens, and the text between them."""
+        template = self._template(bool(tools))
+        return chat.render(template, self._special, self.named, messages, tools, add_generation_prompt, continue_final_message)
+
+    def encode_piece(self, text: str, first: bool) -> list[int]:
+        """Ids of a piece of text that stands at the start (`first`), or behind something else."""
+        return self._encode(text, self.library if first else self._continued)
 
     def warm_up(self) -> None:
         """Do now what the first request would wait for. Raises CheckpointError when a chat template does not compile."""
@@ -181,7 +195,7 @@ class Tokenizer:
         """`token_bytes` of all ids, as a table."""
         vocabulary: dict[str, int] = self.library.get_vocab(with_added_tokens=True)
         table = [b""] * (max(vocabulary.values(), default=-1) + 1)
-        spell = _ByteLevelSpelling() if self._byte_level else _sentencepiece_spelling
+        spell = unspell if self.byte_level else _sentencepiece_spelling
         for token, index in vocabulary.items():
             table[index] = spell(token)
         return table
@@ -239,22 +253,6 @@ def _keeps_bytes(step: Step) -> bool:
         case "Metaspace":
             return bool(step["replacement"] == SPACE)
     return False
-
-
-class _ByteLevelSpelling:
-    """Undoes GPT-2's mapping of bytes to printable characters."""
-
-    def __init__(self) -> None:
-        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        rest = [byte for byte in range(256) if byte not in printable]
-        codes = {**{byte: byte for byte in printable}, **{byte: 256 + index for index, byte in enumerate(rest)}}
-        self._byte_of = {chr(code): byte for byte, code in codes.items()}
-
-    def __call__(self, token: str) -> bytes:
-        try:
-            return bytes([self._byte_of[character] for character in token])
-        except KeyError:
-            return token.encode()  # an added token that is written as it reads
 
 
 def _sentencepiece_spelling(token: str) -> bytes:
