@@ -80,9 +80,11 @@ Packing = Literal["cut", "best_fit"]
 class Source(Config):
     """What all sources share.
 
+    name    what metrics call it; empty takes the last part of its path
     weight  its share of what is trained, relative to the other sources' weights
     """
 
+    name: str = ""
     weight: PositiveFloat = 1.0
 
 
@@ -248,12 +250,14 @@ Activations = Annotated[KeepActivations | RecomputeBlocks | SelectiveRecompute, 
 class ValidationConfig(Config):
     """When and how much is looked at.
 
-    every   steps between looks; 0 looks only at the end
-    tokens  at most so many of each look; None takes all there are
+    every     steps between looks; 0 looks only at the end
+    tokens    at most so many of each source; None takes all there are
+    patience  so many looks without a smaller loss end the run (early stopping); None never does
     """
 
     every: NonNegativeInt = 0
     tokens: PositiveInt | None = None
+    patience: PositiveInt | None = None
 
 
 class SaveConfig(Config):
@@ -322,8 +326,9 @@ class TrainRecipe(Config):
             raise ValueError("tokenizer.kind = 'learnt' needs a source of kind 'documents' to learn from; there is none")
         if self.optim.weights != "fp32" and not isinstance(self.precision, BF16):
             raise ValueError(f"optim.weights = {self.optim.weights!r} keeps parameters in bf16, which needs precision.kind = 'bf16'")
-        if self.save.best and not (self.data.validation or self.data.holdout):
-            raise ValueError("save.best needs something to validate on: set data.holdout = 0.01, or give data.validation")
+        if (self.save.best or self.validation.patience) and not (self.data.validation or self.data.holdout):
+            name = "save.best" if self.save.best else "validation.patience"
+            raise ValueError(f"{name} needs something to validate on: set data.holdout = 0.01, or give data.validation")
         return self
 
     def what(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Checkpoints that survive whatever happens to the process.
 
     out/step-00000200/            the model as every tool reads it: config.json, model.safetensors, tokenizer.json ...
-    out/latest                    a link to the newest of these
+    out/latest, out/best          links to the newest of these, and to the one with the least validation loss
     out/state/step-00000200/      what a run needs besides to go on from there: state.json, tensors.safetensors
     out/work/                     drafts
 
@@ -61,7 +61,7 @@ class Found:
 class Checkpoints:
     """The checkpoints of one run. Whoever uses it holds the run's lock."""
 
-    def __init__(self, out: Path, config: SaveConfig, tokenizer: Tokenizer | None):
+    def __init__(self, out: Path, config: SaveConfig, tokenizer: Tokenizer):
         self._out, self._config, self._tokenizer = out, config, tokenizer
         self._drafts = out / "work" / "tmp"
         self._writer: threading.Thread | None = None
@@ -74,13 +74,13 @@ class Checkpoints:
         if not isinstance(error, KeyboardInterrupt):  # who cannot wait gets the checkpoint before this one
             self.wait()
 
-    def save(self, step: int, loaded: LoadedModel, state: Mapping[str, Any]) -> None:
-        """Keep the model and the state (numbers, texts, lists, tables and tensors) of a step as they are now."""
+    def save(self, step: int, loaded: LoadedModel, state: Mapping[str, Any], best: bool = False) -> None:
+        """Keep the model and the state (numbers, texts, lists, tables and tensors) of a step as they are now. `best` so far, or not."""
         self.wait()
         tensors: dict[str, Tensor] = {}
         plain = _split(state, "", tensors)
         model = _copy(loaded)
-        self._writer = threading.Thread(target=self._work, args=(step, model, plain, tensors), name="checkpoint", daemon=True)
+        self._writer = threading.Thread(target=self._work, args=(step, model, plain, tensors, best), name="checkpoint", daemon=True)
         self._writer.start()
         if not self._config.asynchronous:
             self.wait()
@@ -114,9 +114,13 @@ class Checkpoints:
         tensors = safetensors.torch.load_file(folder / _TENSORS)
         return Found(step, self._out / name_of(step), _join(stored["state"], tensors))
 
-    def _work(self, step: int, model: LoadedModel, state: Json, tensors: dict[str, Tensor]) -> None:
+    def _work(self, step: int, model: LoadedModel, state: Json, tensors: dict[str, Tensor], best: bool) -> None:
         try:
             self._write(step, model, state, tensors)
+            self._link("latest", step)
+            if best:
+                self._link("best", step)
+            self._prune()
         except BaseException as error:
             self._error = error
 
@@ -124,8 +128,7 @@ class Checkpoints:
         self._drafts.mkdir(parents=True, exist_ok=True)
         draft = self._drafts / f"{name_of(step)}.model"
         shutil.rmtree(draft, ignore_errors=True)
-        if self._tokenizer is not None:
-            self._tokenizer.save(draft)
+        self._tokenizer.save(draft)
         build.save(model, draft / "model")
         for file in (draft / "model").iterdir():
             file.replace(draft / file.name)
@@ -139,8 +142,6 @@ class Checkpoints:
         files[f"state/{name_of(step)}/{_TENSORS}"] = checksum(draft / _TENSORS)
         (draft / _STATE).write_text(json.dumps({"version": VERSION, "files": files, "state": state}, indent=1), encoding="utf-8")
         _place(draft, self._out / "state" / name_of(step))
-        self._link("latest", step)
-        self._prune()
 
     def _link(self, name: str, step: int) -> None:
         draft = self._drafts / name
@@ -155,7 +156,10 @@ class Checkpoints:
         for step in states:
             if step not in kept:
                 shutil.rmtree(self._out / "state" / name_of(step))
+        best = self._out / "best"
         for step in self._steps(self._out):
+            if best.is_symlink() and best.readlink().name == name_of(step):
+                continue
             if step not in kept and not (self._config.keep_every and step % self._config.keep_every == 0):
                 shutil.rmtree(self._out / name_of(step))
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import xxhash
 
 from gemel.data.shards import TokenShards
 from gemel.train.loader import Documents
+
+HOLD_OUT = 1 << 32  # in place of an epoch that is never reached
 
 
 class ShardDocuments:
@@ -41,6 +46,53 @@ class ShardDocuments:
         return self._shards.order(seed, epoch)
 
 
+class ConversationDocuments:
+    """Conversations as token ids, mapped into memory; `batch.TRAINED` is set in those that are trained.
+
+    made_of  what they were made from: checksums of the files and of the tokenizer, and the settings
+    """
+
+    marked = True
+
+    def __init__(self, folder: Path):
+        about = orjson.loads((folder / "about.json").read_bytes())
+        self.made_of: list[str] = about["made_of"]
+        self.fingerprint: str = about["fingerprint"]
+        self._starts: npt.NDArray[np.int64] = np.load(folder / "starts.npy", mmap_mode="r")
+        self._tokens: npt.NDArray[np.uint32] = np.memmap(folder / "tokens", np.dtype("<u4"), mode="r")
+
+    @staticmethod
+    def write(folder: Path, sequences: Iterable[npt.NDArray[np.uint32]], made_of: Sequence[str]) -> int:
+        """Write them into an empty folder, and return how many there were."""
+        starts, checksum = [0], xxhash.xxh3_128()
+        with (folder / "tokens").open("wb") as file:
+            for tokens in sequences:
+                data = tokens.astype("<u4").tobytes()
+                checksum.update(data)
+                file.write(data)
+                starts.append(starts[-1] + len(tokens))
+        np.save(folder / "starts.npy", np.array(starts))
+        checksum.update(np.array(starts).tobytes())
+        about = {"made_of": list(made_of), "fingerprint": checksum.hexdigest()}
+        (folder / "about.json").write_bytes(orjson.dumps(about))
+        return len(starts) - 1
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Of each document, in tokens."""
+        return np.diff(self._starts)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, number: int, /) -> Any:
+        return self._tokens[self._starts[number] : self._starts[number + 1]]
+
+    def order(self, seed: int, epoch: int = 0) -> npt.NDArray[np.int64]:
+        """All numbers shuffled."""
+        return shuffled(len(self), seed, epoch)
+
+
 class Part:
     """Some of the documents: what was held out of them, or what was not."""
 
@@ -66,11 +118,16 @@ class Part:
 
     def order(self, seed: int, epoch: int = 0) -> npt.NDArray[np.int64]:
         """All numbers shuffled."""
-        return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(self))
+        return shuffled(len(self), seed, epoch)
 
 
 def hold_out(documents: Documents, share: float, seed: int) -> tuple[Part, Part]:
     """Documents to train on, and at least one to validate on."""
-    shuffled = np.random.Generator(np.random.PCG64([seed, 1 << 32])).permutation(len(documents))
+    numbers = shuffled(len(documents), seed, HOLD_OUT)
     num_held = max(round(share * len(documents)), 1)
-    return Part(documents, shuffled[num_held:]), Part(documents, shuffled[:num_held])
+    return Part(documents, numbers[num_held:]), Part(documents, numbers[:num_held])
+
+
+def shuffled(num: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Numbers below `num`, as token shards shuffle theirs."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num)

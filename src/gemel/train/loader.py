@@ -168,17 +168,11 @@ class Loader:
         return source, next(source)
 
 
-def passage(sources: Sequence[Source], config: BatchConfig, max_tokens: int | None = None) -> Iterator[Batch]:
-    """Micro-batches of every source's first epoch, or of its first `max_tokens`; always the same."""
-    for source in sources:
-        sequences = source.epoch()
-        left = max_tokens if max_tokens is not None else None
-        while group := list(islice(sequences, config.micro_sequences)):
-            yield Batch.of(group, [source.documents.marked] * len(group))
-            if left is not None:
-                left -= sum(len(sequence.inputs) for sequence in group)
-                if left <= 0:
-                    break
+def passage(source: Source, config: BatchConfig, max_tokens: int | None = None) -> Iterator[Batch]:
+    """Micro-batches of a source's first epoch, or of its first sequences of at most `max_tokens` (but at least one); always the same."""
+    sequences = source.epoch() if max_tokens is None else islice(source.epoch(), max(max_tokens // config.sequence, 1))
+    while group := list(islice(sequences, config.micro_sequences)):
+        yield Batch.of(group, [source.documents.marked] * len(group))
 
 
 class Prefetch:

@@ -7,6 +7,7 @@ import time
 from typing import TextIO
 
 from gemel.data.run.board import clock
+from gemel.train.trainer import Report
 
 TTY_EVERY_S, LOG_EVERY_S = 0.5, 15.0
 
@@ -22,29 +23,31 @@ class Progress:
         self._steps = self._tokens = 0
         self._flops = self._busy_s = 0.0
 
-    def step(self, step: int, loss: float, norm: float, lr: float, num_tokens: int, flops: float, step_s: float) -> None:
+    def step(self, report: Report, step_s: float) -> None:
         """A step is done."""
         self._steps += 1
-        self._tokens += num_tokens
-        self._flops += flops
+        self._tokens += report.num_tokens
+        self._flops += report.flops
         self._busy_s += step_s
         now = time.monotonic()
-        last = step == self._num_steps
+        last = report.step == self._num_steps
         if self._quiet or (not last and now - self._shown < (TTY_EVERY_S if self._terminal else LOG_EVERY_S)):
             return
         self._shown = now
-        left_s = (self._num_steps - step) * (now - self._began) / self._steps
-        text = (
-            f"step {step}/{self._num_steps}, loss {loss:.3f}, norm {norm:.2f}, rate {lr:.2e}, {self._tokens / self._busy_s:,.0f} tokens/s"
-        )
+        spent_s = now - self._began
+        rate = f"{self._tokens / self._busy_s:,.0f} tokens/s"
         if self._peak:
-            text += f", {self._flops / self._busy_s / self._peak:.0%} of peak"
-        text += f", {clock(left_s)} left" if not last else f", took {clock(now - self._began)}"
-        self._stream.write(f"\r{text}\x1b[K" + ("\n" if last else "") if self._terminal else f"{text}\n")
-        self._stream.flush()
+            rate += f" ({self._flops / self._busy_s / self._peak:.0%} of peak)"
+        left = f"took {clock(spent_s)}" if last else f"{clock((self._num_steps - report.step) * spent_s / self._steps)} left"
+        done = f"step {report.step}/{self._num_steps}, loss {report.loss:.3f}, norm {report.norm:.2f}, rate {report.lr:.2e}"
+        self._line(f"{done}, {rate}, {left}", stays=last)
 
     def say(self, text: str) -> None:
         """A message among the progress."""
         if not self._quiet:
-            self._stream.write(f"\r\x1b[Kgemel: {text}\n" if self._terminal else f"gemel: {text}\n")
-            self._stream.flush()
+            self._line(f"gemel: {text}", stays=True)
+
+    def _line(self, text: str, stays: bool) -> None:
+        start, end = ("\r", "\x1b[K" + "\n" * stays) if self._terminal else ("", "\n")
+        self._stream.write(f"{start}{text}{end}")
+        self._stream.flush()

@@ -12,18 +12,18 @@ from torch import nn
 
 from gemel.config import train as config
 from gemel.config.errors import ConfigError
-from gemel.config.train import NewModel, PretrainedModel, ShardSource, TrainRecipe
+from gemel.config.train import NewModel, PretrainedModel, TrainRecipe
 from gemel.data import manifest
-from gemel.data.shards import TokenShards
 from gemel.model import build
 from gemel.model.build import LoadedModel
 from gemel.model.model import Model
 from gemel.tokenizer.tokenizer import Tokenizer
-from gemel.train import documents
+from gemel.train import precision
 from gemel.train.checkpoint import Checkpoints, Found
-from gemel.train.loader import Documents, Loader, Source
+from gemel.train.loader import Loader
 from gemel.train.loop import Loop, Result
 from gemel.train.metrics import Metrics
+from gemel.train.prepare import Preparation
 from gemel.train.progress import Progress
 from gemel.train.trainer import Trainer
 
@@ -32,32 +32,32 @@ RECIPE = "run.toml"
 
 def run(recipe: TrainRecipe, peak_flops_per_s: float | None = None, quiet: bool = False) -> Result:
     """Do what is missing of a run. `peak_flops_per_s` is what utilization is measured against."""
-    device = _device(recipe)
+    device = device_of(recipe)
     torch.manual_seed(recipe.seed)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     recipe.out.mkdir(parents=True, exist_ok=True)
     with manifest.Lock(recipe.out, shared=False):
-        tokenizer = _tokenizer(recipe)
-        training, validation = _sources(recipe)
+        progress = Progress(recipe.steps, peak_flops_per_s, quiet)
+        preparation = Preparation(recipe, progress, quiet)
+        tokenizer = preparation.tokenizer()
+        training, validation = preparation.sources(tokenizer)
         with Checkpoints(recipe.out, recipe.save, tokenizer) as checkpoints:
             found = checkpoints.latest()
             _write_recipe(recipe, found)
             trainer = Trainer(recipe, _model(recipe, tokenizer, found), device)
             loader = Loader(training, recipe.batch)
-            num_bytes = 0
-            if found is not None:
-                trainer.load_state_dict(found.state["trainer"])
-                loader.seek(found.state["loader"])
-                num_bytes = found.state["metrics_bytes"]
-            progress = Progress(recipe.steps, peak_flops_per_s, quiet)
-            if found is not None:
-                progress.say(f"going on from step {found.step} in {recipe.out}")
-            with Metrics(recipe.out, num_bytes) as metrics:
-                return Loop(recipe, trainer, loader, validation, checkpoints, metrics, progress).run()
+            num_bytes = 0 if found is None else found.state["metrics_bytes"]
+            with Metrics(recipe.out, num_bytes, peak_flops_per_s, recipe.metrics.tensorboard) as metrics:
+                loop = Loop(recipe, trainer, loader, validation, checkpoints, metrics, progress)
+                if found is not None:
+                    loop.resume(found)
+                    progress.say(f"going on from step {found.step} in {recipe.out}")
+                return loop.run()
 
 
-def _device(recipe: TrainRecipe) -> torch.device:
+def device_of(recipe: TrainRecipe) -> torch.device:
+    """Where a recipe is trained."""
     if recipe.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if recipe.device.startswith("cuda") and not torch.cuda.is_available():
@@ -65,59 +65,41 @@ def _device(recipe: TrainRecipe) -> torch.device:
     return torch.device(recipe.device)
 
 
-def _tokenizer(recipe: TrainRecipe) -> Tokenizer | None:
-    match recipe.tokenizer:
-        case config.LoadedTokenizer(path=path):
-            return Tokenizer.load(path)
-        case _:
-            assert isinstance(recipe.model, PretrainedModel)
-            return Tokenizer.load(recipe.model.path)
-
-
-def _sources(recipe: TrainRecipe) -> tuple[list[Source], list[Source]]:
-    training: list[Source] = []
-    validation: list[Source] = []
-    for number, source in enumerate(recipe.data.train):
-        assert isinstance(source, ShardSource)
-        whole = documents.ShardDocuments(TokenShards.open(source.path))
-        name = f"{number} {source.path}"
-        seed = recipe.seed + number
-        kept: Documents = whole
-        if recipe.data.holdout:
-            kept, held = documents.hold_out(whole, recipe.data.holdout, recipe.seed)
-            validation.append(Source(f"{name} held out", held, source.packing, recipe.batch.sequence, seed))
-        training.append(Source(name, kept, source.packing, recipe.batch.sequence, seed, source.weight))
-    return training, validation
-
-
-def _model(recipe: TrainRecipe, tokenizer: Tokenizer | None, found: Found | None) -> LoadedModel:
+def _model(recipe: TrainRecipe, tokenizer: Tokenizer, found: Found | None) -> LoadedModel:
+    dtype = precision.parameter_dtype(recipe.optim)
     if found is not None:
-        return build.load(found.model)
-    match recipe.model:
-        case PretrainedModel(path=path):
-            return build.load(path)
-        case NewModel():
-            assert tokenizer is not None
-            return fresh(recipe.model, recipe.seed, tokenizer)
-
-
-def fresh(new: NewModel, seed: int, tokenizer: Tokenizer) -> LoadedModel:
-    """A model with random weights, the same for the same seed."""
-    if tokenizer.vocab_size > new.config.vocab_size:
+        loaded = build.load(found.model, dtype)
+    elif isinstance(recipe.model, PretrainedModel):
+        loaded = build.load(recipe.model.path, dtype, weights="dense")
+    else:
+        loaded = fresh(recipe.model, recipe.seed, tokenizer, dtype)
+    if recipe.batch.sequence > loaded.config.max_positions:
         raise ConfigError(
-            f"model.config.vocab_size = {new.config.vocab_size}, less than the tokenizer's {tokenizer.vocab_size} tokens; raise it"
+            f"batch.sequence = {recipe.batch.sequence} is more than the model's {loaded.config.max_positions} positions; lower it"
         )
-    with torch.random.fork_rng(devices=[]):
+    if len(tokenizer.bytes_of) > loaded.config.vocab_size:
+        raise ConfigError(
+            f"the model has {loaded.config.vocab_size} rows in its vocabulary, the tokenizer {len(tokenizer.bytes_of)} tokens; set "
+            "model.config.vocab_size of a new model to that or more, or extend one that exists with: gemel tokenizer extend"
+        )
+    return loaded
+
+
+def fresh(new: NewModel, seed: int, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """A model with random weights, the same for the same seed."""
+    config = new.config
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = Model(new.config)
-        with torch.no_grad():
-            for name, module in model.named_modules():
-                if isinstance(module, nn.Linear | nn.Embedding) and not (module is model.head and new.config.tied_head):
-                    into_stream = name.endswith((".attn.out", ".mlp.down"))
-                    nn.init.normal_(module.weight, std=new.std / math.sqrt(2 * new.config.num_layers) if into_stream else new.std)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
-    return LoadedModel(model, new.config, Path(), tokenizer.eos_ids, tokenizer.bos_id)
+        model = Model(config)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and not (module is model.head and config.tied_head):
+                into_stream = name.endswith((".attn.out", ".mlp.down"))
+                nn.init.normal_(module.weight, std=new.std / math.sqrt(2 * config.num_layers) if into_stream else new.std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for parameter in model.parameters():
+            parameter.data = parameter.to(dtype)
+    return LoadedModel(model, config, Path(), tokenizer.eos_ids, tokenizer.bos_id, dtype)
 
 
 def _write_recipe(recipe: TrainRecipe, found: Found | None) -> None:
