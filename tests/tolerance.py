@@ -14,6 +14,7 @@ RELATIVE = {
     "int8_activations": 3e-2,  # activations rounded to int8: a last-bit difference before rounding moves a number by a whole step
     "fp16_scales": 1e-3,  # weights whose scales and minima were rounded to fp16, 2^-11 each
     "bf16_reorder": 3e-2,  # the same mathematics in bf16
+    "bf16_gradients": 6e-2,  # forward and backward through all layers in bf16, against fp32
 }
 
 CHI_SQUARE_P = 1e-4  # a statistical test fails below this p-value; seeds are fixed, so it is not a matter of luck

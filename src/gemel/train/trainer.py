@@ -20,7 +20,7 @@ from gemel.config.train import TrainRecipe
 from gemel.model.attend import PackedAttend
 from gemel.model.build import LoadedModel
 from gemel.model.leaves.linear import Linear
-from gemel.train import optim, precision, schedule, stability
+from gemel.train import optim, precision, recompute, schedule, stability
 from gemel.train.batch import Batch
 from gemel.train.flops import Flops
 from gemel.train.loader import Step
@@ -62,6 +62,7 @@ class Trainer:
     def __init__(self, recipe: TrainRecipe, loaded: LoadedModel, device: torch.device):
         self._recipe, self.loaded, self._device = recipe, loaded, device
         self._model = loaded.model.to(device)
+        recompute.apply(recipe.activations, self._model)
         self._named = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         leaves = {name: module for name, module in self._model.named_modules() if isinstance(module, Linear)}
         self._optimizer = optim.build(recipe.optim, self._named.items(), {f"{name}.weight": x.sections for name, x in leaves.items()})
