@@ -140,7 +140,7 @@ class Muon(Config):
 Method = Annotated[AdamW | Adafactor | Lion | SGD | Muon, Field(discriminator="kind")]
 
 
-# --- schedules: warmup and decay are lengths, `final` is the share of `lr` at the end ------------------------------------------------------
+# --- schedules: warmup and decay are lengths, `final` is the share of `lr` at the end ----------------------------------------------------
 
 
 class Constant(Config):
@@ -254,8 +254,8 @@ class OptimConfig(Config):
     l1             decoupled: after the step weights move towards zero by lr * l1 and stop there, which leaves exact zeros
     exempt         what neither decay nor L1 touches; embeddings include a head that is tied to them
     state          of the optimizer: fp32; bf16, rounded stochastically; or int8 in blocks (Dettmers et al. 2022, arXiv 2110.02861)
-    weights        fp32: parameters are fp32. master: they are bf16, and the optimizer keeps the 16 bits that are missing. stochastic: they are
-                   bf16 and nothing else is kept; updates are rounded up or down with the probability that makes them right on average
+    weights        fp32: parameters are fp32. master: they are bf16, and the optimizer keeps the 16 bits that are missing. stochastic: they
+                   are bf16 and nothing else is kept; updates are rounded up or down with the probability that makes them right on average
     offload        a folder: state lives in files there, mapped into memory
     seed           of stochastic rounding
     """
@@ -290,14 +290,14 @@ class OptimConfig(Config):
         return self
 
 
-# --- what watches over a run ---------------------------------------------------------------------------------------------------------------
+# --- what watches over a run -------------------------------------------------------------------------------------------------------------
 
 
 class StabilityConfig(Config):
     """When a step is skipped and when the run goes back to its last good checkpoint.
 
-    A step is bad when its loss or gradient norm is not finite, or, with `spikes`, lies more than `threshold` robust standard deviations above
-    the median of the last `window` good steps. A bad step is skipped; `patience` bad steps in a row mean that the weights are bad.
+    A step is bad when its loss or gradient norm is not finite, or, with `spikes`, lies more than `threshold` robust standard deviations
+    above the median of the last `window` good steps. A bad step is skipped; `patience` bad steps in a row mean that the weights are bad.
 
     spikes          false: only what is not finite is bad
     window          good steps that are remembered

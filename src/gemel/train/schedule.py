@@ -58,12 +58,12 @@ def _fall(schedule: Constant | Linear | Cosine | Step | Exponential, since: int,
     if isinstance(schedule, Cosine):
         return _between(schedule.final, _half_cosine(progress))
     if isinstance(schedule, Exponential):
-        return schedule.final**progress
+        return math.pow(schedule.final, progress)
     if isinstance(schedule, Step):
         every = steps(schedule.every, num_steps)
         if not every:
             raise ConfigError(f"schedule.every = {schedule.every} is 0 of {num_steps} steps; make it at least 1")
-        return schedule.factor ** (since // every)
+        return math.pow(schedule.factor, since // every)
     return 1.0
 
 

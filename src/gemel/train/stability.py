@@ -101,7 +101,8 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     whole = flat.numel() // ROW * ROW
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1, dtype=torch.float32)
     rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float32)
-    return rows.double().square().sum() + rest.double().square()
+    total: Tensor = rows.double().square().sum() + rest.double().square()
+    return total
 
 
 def _global(config: Clip, norms: Mapping[str, float], total: float) -> dict[str, float]:
@@ -166,6 +167,11 @@ class SpikeDetector:
         self.num_skipped = self.num_rollbacks = 0
         self._bad_in_a_row = 0
         self._window: deque[Good] = deque(maxlen=config.window)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the last step was ok. A state that is saved when it was not may be the one to get away from."""
+        return not self._bad_in_a_row
 
     def observe(self, step: int, loss: float, norm: float) -> Verdict:
         """Judge step `step`. A rollback must be answered with `rolled_back`."""

@@ -1,8 +1,8 @@
 """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235).
 
-Principle: the squared gradients of a matrix are remembered only as means of its rows and of its columns, whose product over the mean of
-all is the best approximation of rank one (in generalized Kullback-Leibler divergence). Updates are clipped by their root mean square, because
-a second moment that is out of date makes them large. Trades: state of rows + columns numbers instead of 2 x rows x columns, for a second
+Principle: the squared gradients of a matrix are remembered only as means of its rows and of its columns, whose product over the mean of all
+is the best approximation of rank one (in generalized Kullback-Leibler divergence). Updates are clipped by their root mean square, because a
+second moment that is out of date makes them large. Trades: state of rows + columns numbers instead of 2 x rows x columns, for a second
 moment that is less exact.
 """
 
@@ -57,9 +57,11 @@ class Adafactor:
 
 def mean_square(x: Tensor, dim: int) -> Tensor:
     """Mean of squares along `dim`, without a tensor of squares in memory."""
-    return torch.linalg.vector_norm(x, dim=dim).square_().div_(x.shape[dim])
+    norm: Tensor = torch.linalg.vector_norm(x, dim=dim)
+    return norm.square_().div_(x.shape[dim])
 
 
 def rms(x: Tensor) -> Tensor:
     """Root mean square of all elements, a scalar tensor."""
-    return torch.linalg.vector_norm(x) / math.sqrt(x.numel())
+    norm: Tensor = torch.linalg.vector_norm(x)
+    return norm / math.sqrt(x.numel())

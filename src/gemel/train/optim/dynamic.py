@@ -1,15 +1,15 @@
 """The 8-bit code of optimizer state: dynamic quantization (Dettmers et al. 2022, arXiv 2110.02861).
 
-A number between 0 and 1 is written as a power of ten and a linear fraction, and the smaller the power, the fewer bits the fraction gets: there
-are codes down to about 10^-7, and around 1 they lie about 1% apart. State spans many orders of magnitude, so that equal steps would turn
-most of it to zero, while its largest numbers should still be exact to a few percent. Blocks of 256 elements share one scale, their largest
-magnitude, so that an outlier spoils 255 neighbours and not a whole matrix.
+A number between 0 and 1 is written as a power of ten and a linear fraction, and the smaller the power, the fewer bits the fraction gets:
+there are codes down to about 10^-7, and around 1 they lie about 1% apart. State spans many orders of magnitude, so that equal steps would
+turn most of it to zero, while its largest numbers should still be exact to a few percent. Blocks of 256 elements share one scale, their
+largest magnitude, so that an outlier spoils 255 neighbours and not a whole matrix.
 
 Second moments are never negative, so they spend the sign's bit on the fraction. And one that is not zero is never rounded to zero: its root
 divides, and an update over a root of zero would be as large as eps allows (the zero-point problem, Li et al. 2023, arXiv 2309.01507).
 
-Encoding is one look-up: the upper 20 bits of the fp32 pattern (sign, exponent, 11 of the mantissa's bits) index a table of nearest codes. A number
-within 2^-11 of the middle between two codes may therefore get the farther one.
+Encoding is one look-up: the upper 20 bits of the fp32 pattern (sign, exponent, 11 of the mantissa's bits) index a table of nearest codes. A
+number within 2^-11 of the middle between two codes may therefore get the farther one.
 """
 
 from __future__ import annotations

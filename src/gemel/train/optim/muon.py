@@ -2,7 +2,7 @@
 
 Principle: the momentum of a matrix is replaced by the nearest matrix whose singular values are all about 1, so that directions in which
 gradients are rarely large are learnt as fast as the others. A quintic iteration of Newton and Schulz finds it with matrix products alone.
-Trades: half of AdamW's state and fewer steps to the same loss, for about 2 x 3 x iterations matrix products per matrix and step, however small
+Trades: half of AdamW's state and fewer steps to the same loss, for three matrix products an iteration, which cost the same however small
 the batch was. Embeddings, the head and vectors are AdamW's.
 
 What lies fused in one matrix (queries, keys and values; gate and up) is orthogonalized part by part, as if it were not fused.
@@ -43,7 +43,7 @@ class Muon:
         sums = torch.lerp(g, momentum, self.config.momentum) if self.config.nesterov else momentum
         w.mul_(at.keep)
         heights = list(self.sections) or [w.shape[0]]
-        for part, moved in zip(w.split(heights), sums.split(heights), strict=True):
+        for part, moved in zip(torch.split(w, heights), torch.split(sums, heights), strict=True):
             direction = orthogonal(moved, self.config.iterations, self.config.eps, self.dtype)
             part.add_(direction, alpha=-at.lr * self._scale(*moved.shape))
 

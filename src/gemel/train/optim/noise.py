@@ -1,9 +1,10 @@
 """Random numbers for stochastic rounding: a pure function of a key and a place, with no generator whose state would have to be saved.
 
-Step 7,000 of a resumed run draws the bits that step 7,000 of an uninterrupted one would have drawn. A table of hashed integers is made once;
-a draw mixes it with two words of the key, (table ^ a) * b with b odd, and takes the upper bits (multiply-shift hashing, Dietzfelbinger et al.
-1997). For one element over many steps that is uniform, because a and b are; for neighbours within a step it is close to independent. Three
-passes of integer arithmetic are cheaper than a generator that has to be seeded for every tensor, and every device computes the same bits.
+Step 7,000 of a resumed run draws the bits that step 7,000 of an uninterrupted one would have drawn. A table of hashed integers is made
+once; a draw mixes it with two words of the key, (table ^ a) * b with b odd, and takes the upper bits (multiply-shift hashing,
+Dietzfelbinger et al. 1997). For one element over many steps that is uniform, because a and b are; for neighbours within a step it is close
+to independent. Three passes of integer arithmetic are cheaper than a generator that has to be seeded for every tensor, and every device
+computes the same bits.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def _state_store(config: OptimConfig, name: str, slot: Slot, allocate: Allocate)
 
 
 def _in_memory(device: torch.device) -> Allocate:
-    return lambda name, num, dtype: torch.zeros(num, dtype=dtype, device=device)
+    return lambda _, num, dtype: torch.zeros(num, dtype=dtype, device=device)
 
 
 def _check(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -191,6 +191,6 @@ def _check(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     for name, x in mine.items():
         if (x.shape, x.dtype) != (state[name].shape, state[name].dtype):
             raise CheckpointError(
-                f"the saved optimizer state has {name} as {list(state[name].shape)} of {state[name].dtype}, not {list(x.shape)} of {x.dtype}; "
-                "it is of another model"
+                f"the saved optimizer state has {name} as {list(state[name].shape)} of {state[name].dtype}, "
+                f"not {list(x.shape)} of {x.dtype}; it is of another model"
             )

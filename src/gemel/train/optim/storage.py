@@ -57,9 +57,10 @@ class Plain:
 class Halved:
     """bf16 weights and, apart from them, the lower halves of their fp32 patterns.
 
-    The parameter is the fp32 number rounded to bf16 (halves away from zero), and the lower half, read as a signed integer, is what is missing.
-    Together they are the number, exactly, in 4 bytes: those who keep an fp32 copy beside the bf16 weights pay 6. And if somebody loads other
-    weights into the parameter, the lower half is off by half a unit in the last place, where a copy would have brought the old weights back.
+    The parameter is the fp32 number rounded to bf16 (halves away from zero), and the lower half, read as a signed integer, is what is
+    missing. Together they are the number, exactly, in 4 bytes: those who keep an fp32 copy beside the bf16 weights pay 6. And if somebody
+    loads other weights into the parameter, the lower half is off by half a unit in the last place, where a copy would have brought the old
+    weights back.
     """
 
     def __init__(self, data: Tensor, low: Tensor):
@@ -71,7 +72,7 @@ class Halved:
         bits = self._high[start:stop].to(torch.int32).bitwise_left_shift_(16)
         return bits.add_(self._low[start:stop]).view(torch.float32)
 
-    def write(self, start: int, x: Tensor, key: int) -> None:
+    def write(self, start: int, x: Tensor, key: int) -> None:  # noqa: ARG002
         """See `Store.write`."""
         stop, bits = start + x.numel(), x.view(torch.int32)
         self._high[start:stop] = (bits + 0x8000).bitwise_right_shift_(16)
@@ -122,7 +123,7 @@ class Blocks:
         codes = self._codes[first * dynamic.BLOCK : last * dynamic.BLOCK]
         return dynamic.decode(codes, self._scales[first:last], self._signed)[: stop - start]
 
-    def write(self, start: int, x: Tensor, key: int) -> None:
+    def write(self, start: int, x: Tensor, key: int) -> None:  # noqa: ARG002
         """See `Store.write`."""
         padded = F.pad(x, (0, -x.numel() % dynamic.BLOCK)) if x.numel() % dynamic.BLOCK else x
         codes, scales = dynamic.encode(padded, self._signed)
