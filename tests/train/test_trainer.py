@@ -139,7 +139,7 @@ def test_recomputing_keeps_less(tmp_path: Path) -> None:
         made, kept = trainer(tmp_path, loaded=tiny.build(num_layers=4), activations=activations), Kept()
         weights = {p.untyped_storage().data_ptr() for p in made.loaded.model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
-            made._loss(runs.batch(*DOCUMENTS), 0.0)
+            made._loss(runs.batch(*DOCUMENTS), 1.0, 0.0)
         held.append(sum(size for where, size in kept.storages.items() if where not in weights))
     assert held[0] > 2 * held[1] > 2 * held[2]
 

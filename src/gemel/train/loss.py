@@ -75,7 +75,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_TD, grad_VD = ctx.saved_tensors
-        return grad_TD.mul_(scale), grad_VD.mul_(scale).to(grad_TD.dtype), None, None, None, None, None
+        if scale.device.type != "cpu" or scale != 1:
+            grad_TD, grad_VD = grad_TD.mul_(scale), grad_VD.mul_(scale)
+        return grad_TD, grad_VD.to(grad_TD.dtype), None, None, None, None, None
 
 
 def _cross_entropy(logits_CV: Tensor, lse_C: Tensor, targets_C: Tensor, label_smoothing: float) -> Tensor:

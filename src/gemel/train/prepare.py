@@ -158,11 +158,10 @@ class Preparation:
         sequences = _Sequences(source, tokenizer, length)
         draft = self._draft()
         num_kept = ConversationDocuments.write(draft, sequences, made_of)
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sequences.left_out.most_common(5))
         if not num_kept:
-            raise ConfigError(f"no conversation of {name} can be trained: {reasons or 'there are none'}")
-        if reasons:
-            self._progress.say(f"{name}: {sequences.left_out.total()} of {sequences.num} sequences are left out: {reasons}")
+            raise ConfigError(f"no conversation of {name} can be trained: {sequences.reasons or 'there are none'}")
+        if sequences.left_out:
+            self._progress.say(f"{name}: {sequences.left_out.total()} of {sequences.num} sequences are left out: {sequences.reasons}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(exist_ok=True)
         draft.replace(folder)
@@ -219,6 +218,13 @@ class _Sequences:
         self._source, self._tokenizer, self._length = source, tokenizer, length
         self.num = 0
         self.left_out: Counter[str] = Counter()
+        self._refusal = ""
+
+    @property
+    def reasons(self) -> str:
+        """How many are left out and why, as a text; empty if none is."""
+        text = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
+        return text + (f"; the first of these: {self._refusal}" if self._refusal else "")
 
     def __iter__(self) -> Iterator[npt.NDArray[np.uint32]]:
         for path in self._source.paths:
@@ -231,7 +237,8 @@ class _Sequences:
             encoded = encode_turns(self._tokenizer, whole)
         except RequestError as error:
             self.num += 1
-            self.left_out[f"refused by the chat template ({error})"] += 1
+            self.left_out["refused by the chat template"] += 1
+            self._refusal = self._refusal or str(error)
             return
         for ids, trained in encoded:
             self.num += 1

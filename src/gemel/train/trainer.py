@@ -104,29 +104,30 @@ class Trainer:
         loss, z = (torch.zeros((), dtype=torch.float64, device=self._device) for _ in range(2))
         scale = self._numbers.scale
         for batch in batches:
-            batch_loss, batch_z = self._loss(batch, self._recipe.loss.label_smoothing)
-            (batch_loss * (scale / weight)).backward()  # type: ignore[no-untyped-call]
+            batch_loss, batch_z = self._loss(batch, scale / weight, self._recipe.loss.label_smoothing)
+            batch_loss.backward()  # type: ignore[no-untyped-call]
             loss += batch_loss.detach()
             z += batch_z
         if scale != 1:
             for parameter in self._named.values():
                 if parameter.grad is not None:
                     parameter.grad.div_(scale)
-        return (loss - z).item() / weight, z.item() / weight
+        return (loss - z).item() / scale, z.item() / scale
 
-    def _loss(self, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
-        """As sums over tokens."""
+    def _loss(self, batch: Batch, factor: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
+        """As sums over tokens, times `factor`: in the weights, it is there before anything is rounded, and costs nothing."""
         batch, z_loss = batch.to(self._device), self._recipe.loss.z_loss
         with self._numbers.cast():
             hidden_TD = self._model(batch.tokens_T, batch.positions_T, PackedAttend(self._model.config, batch.starts))
-            return head_cross_entropy(hidden_TD, self._model.head.weight, batch.targets_T, batch.weights_T, z_loss, label_smoothing)
+            weights_T = batch.weights_T * factor
+            return head_cross_entropy(hidden_TD, self._model.head.weight, batch.targets_T, weights_T, z_loss, label_smoothing)
 
     def validate(self, batches: Iterable[Batch]) -> tuple[float, float]:
         """The sum of the cross-entropy over all tokens that would be trained, without label smoothing, and of their weights."""
         loss = weight = 0.0
         with torch.inference_mode():
             for batch in batches:
-                batch_loss, batch_z = self._loss(batch, 0.0)
+                batch_loss, batch_z = self._loss(batch, 1.0, 0.0)
                 loss += (batch_loss - batch_z).item()
                 weight += batch.weight
         return loss, weight
