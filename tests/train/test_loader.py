@@ -140,9 +140,9 @@ def test_what_is_held_out_is_not_trained(shards: ShardDocuments) -> None:
 
 def test_marked_tokens_are_trained_and_no_others(tmp_path: Path) -> None:
     tokens = [np.array([5, 6, 7 | TRAINED, 8 | TRAINED], np.uint32), np.array([9, 1 | TRAINED], np.uint32)]
-    assert ConversationDocuments.write(tmp_path, tokens, ["made of"]) == 2
+    assert ConversationDocuments.write(tmp_path, tokens) == 2
     found = ConversationDocuments(tmp_path)
-    assert found.made_of == ["made of"] and found.lengths.tolist() == [4, 2]
+    assert found.lengths.tolist() == [4, 2]
     (batch,) = passage(Source("a", found, "best_fit", LENGTH, seed=0), BatchConfig(tokens=LENGTH, sequence=LENGTH))
     assert batch.tokens_T.tolist() == [5, 6, 7, 9] and batch.targets_T.tolist() == [6, 7, 8, 1]
     assert batch.weights_T.tolist() == [0.0, 1.0, 1.0, 1.0] and batch.weight == 3.0

@@ -159,6 +159,23 @@ def test_from_text_to_a_model_with_a_tokenizer_of_its_own(corpus: dict[str, Any]
     assert all(held.documents[number][-1] == tokenizer.eos_id for number in range(20))
 
 
+def test_a_folder_may_move_and_stale_things_are_made_anew(corpus: dict[str, Any], tmp_path: Path) -> None:
+    """A run goes on from another place; another vocabulary, or other text, is not taken for the old one."""
+    recipe = runs.recipe(tmp_path, steps=2, model__config__vocab_size=275, **corpus)
+    run(recipe, quiet=True)
+    recipe.out.rename(tmp_path / "moved")
+    moved = recipe.model_copy(update={"out": tmp_path / "moved", "steps": 3})
+    assert run(moved, quiet=True).step == 3
+    smaller = {**corpus, "tokenizer": {"kind": "learnt", "config": {"vocab_size": 270}}}
+    num_tokens = []
+    for values in (corpus, smaller):
+        preparing = preparation(tmp_path, **values)
+        tokenizer = preparing.tokenizer()
+        assert tokenizer.vocab_size == values["tokenizer"]["config"]["vocab_size"]
+        num_tokens.append(preparing.sources(tokenizer)[0][0].documents.lengths.sum())
+    assert num_tokens[0] < num_tokens[1]
+
+
 def test_text_needs_a_recipe_that_writes_text(corpus: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "words.toml"
     path.write_text(path.read_text().replace('"jsonl"', '"parquet"'))

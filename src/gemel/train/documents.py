@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import xxhash
 
 from gemel.data.shards import TokenShards
@@ -47,22 +46,17 @@ class ShardDocuments:
 
 
 class ConversationDocuments:
-    """Conversations as token ids, mapped into memory; `batch.TRAINED` is set in those that are trained.
-
-    made_of  what they were made from: checksums of the files and of the tokenizer, and the settings
-    """
+    """Conversations as token ids, mapped into memory; `batch.TRAINED` is set in those that are trained."""
 
     marked = True
 
     def __init__(self, folder: Path):
-        about = orjson.loads((folder / "about.json").read_bytes())
-        self.made_of: list[str] = about["made_of"]
-        self.fingerprint: str = about["fingerprint"]
+        self.fingerprint = (folder / "fingerprint").read_text()
         self._starts: npt.NDArray[np.int64] = np.load(folder / "starts.npy", mmap_mode="r")
         self._tokens: npt.NDArray[np.uint32] = np.memmap(folder / "tokens", np.dtype("<u4"), mode="r")
 
     @staticmethod
-    def write(folder: Path, sequences: Iterable[npt.NDArray[np.uint32]], made_of: Sequence[str]) -> int:
+    def write(folder: Path, sequences: Iterable[npt.NDArray[np.uint32]]) -> int:
         """Write them into an empty folder, and return how many there were."""
         starts, checksum = [0], xxhash.xxh3_128()
         with (folder / "tokens").open("wb") as file:
@@ -73,8 +67,7 @@ class ConversationDocuments:
                 starts.append(starts[-1] + len(tokens))
         np.save(folder / "starts.npy", np.array(starts))
         checksum.update(np.array(starts).tobytes())
-        about = {"made_of": list(made_of), "fingerprint": checksum.hexdigest()}
-        (folder / "about.json").write_bytes(orjson.dumps(about))
+        (folder / "fingerprint").write_text(checksum.hexdigest())
         return len(starts) - 1
 
     @property

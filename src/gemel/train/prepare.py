@@ -3,7 +3,7 @@
     out/tokenizer/      learnt, if the recipe says so
     out/data/NAME/      token ids of a source of documents or conversations
 
-All of it is done once. What is there is whole, because everything appears by rename, and a run that was killed here goes on here.
+All of it is done once, and again if what it was made of has changed, which each folder has noted. A run that was killed goes on here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,7 @@ from gemel.train.loader import Documents, Source
 from gemel.train.progress import Progress
 
 UNIT_BYTES = 4_000_000  # of compressed text: small enough that a small corpus is work for all cores
+MADE_OF = "made_of.json"
 
 
 class Preparation:
@@ -63,9 +64,7 @@ class Preparation:
         """Loaded, or learnt."""
         match self._recipe.tokenizer:
             case LearntTokenizer(config=config):
-                if not (self._out / "tokenizer").exists():
-                    self._learn(config)
-                return Tokenizer.load(self._out / "tokenizer")
+                return Tokenizer.load(self._learn(config))
             case LoadedTokenizer(path=path):
                 return Tokenizer.load(path)
             case None:
@@ -100,15 +99,17 @@ class Preparation:
             case ConversationSource():
                 return self._conversations(source, tokenizer)
 
-    def _learn(self, config: TrainConfig) -> None:
-        from gemel.tokenizer.train import train
-
+    def _learn(self, config: TrainConfig) -> Path:
         sources = (*self._recipe.data.train, *self._recipe.data.validation)
         inputs = [self._text(source) for source in sources if isinstance(source, DocumentSource)]
-        self._progress.say(f"learning a tokenizer of {config.vocab_size:,} tokens")
-        draft = self._draft()
-        train(_texts(inputs), config).save(draft)
-        draft.replace(self._out / "tokenizer")
+
+        def learn(draft: Path) -> None:
+            from gemel.tokenizer.train import train
+
+            self._progress.say(f"learning a tokenizer of {config.vocab_size:,} tokens")
+            train(_texts(inputs), config).save(draft)
+
+        return self._made("tokenizer", [*map(_text_checksum, inputs), config.model_dump_json()], learn)
 
     def _text(self, source: DocumentSource) -> Input:
         """Where the text is, once it is cleaned."""
@@ -122,15 +123,21 @@ class Preparation:
         return JsonlInput(kind="jsonl", paths=(str(folder / "kept"),), unit_bytes=UNIT_BYTES)
 
     def _tokenized(self, source: DocumentSource, tokenizer: Tokenizer) -> Path:
-        """A folder of token shards."""
+        """A folder of token shards. They are made in place, so that what is there of them need not be made again."""
         config, folder = self._recipe.tokenizer, self._out / "data" / name_of(source)
-        end = source.end_of_document or (
-            config.end_of_document if isinstance(config, LearntTokenizer) else tokenizer.named.get("eos_token")
-        )
+        named = config.end_of_document if isinstance(config, LearntTokenizer) else tokenizer.named.get("eos_token")
+        end = source.end_of_document or named
         if end is None:
             raise ConfigError(f"the tokenizer names no EOS to end documents of {name_of(source)} with: set end_of_document of that source")
-        output = TokensOutput(kind="tokens", path=str(folder), tokenizer=self._files(tokenizer), end_of_document=end)
-        self._run(Recipe(input=(self._text(source),), output=output))
+        text = self._text(source)
+        made_of = [_text_checksum(text), _checksum(tokenizer), end]
+        if (before := _made_of(folder)) != made_of:
+            if before is not None:
+                shutil.rmtree(folder)
+            files = self._made("tokenizer", [_checksum(tokenizer)], tokenizer.save) if not isinstance(config, LearntTokenizer) else None
+            output = TokensOutput(kind="tokens", path=str(folder), tokenizer=files or self._out / "tokenizer", end_of_document=end)
+            self._run(Recipe(input=(text,), output=output))
+            manifest.write_file(folder, MADE_OF, orjson.dumps(made_of))
         return folder
 
     def _run(self, recipe: Recipe) -> None:
@@ -139,38 +146,33 @@ class Preparation:
         if not Job.begin(recipe, Path(recipe.output.path)).finished:
             start.run(recipe, self._board)
 
-    def _files(self, tokenizer: Tokenizer) -> Path:
-        """The tokenizer as files, for the processes that tokenize."""
-        folder = self._out / "tokenizer"
-        if not folder.exists():
-            draft = self._draft()
-            tokenizer.save(draft)
+    def _conversations(self, source: ConversationSource, tokenizer: Tokenizer) -> Documents:
+        name, length = name_of(source), self._recipe.batch.sequence
+
+        def encode(draft: Path) -> None:
+            if not tokenizer.has_chat_template:
+                raise ConfigError("the tokenizer has no chat template to render conversations with: put a chat_template.jinja beside it")
+            sequences = _Sequences(source, tokenizer, length)
+            if not ConversationDocuments.write(draft, sequences):
+                raise ConfigError(f"no conversation of {name} can be trained: {sequences.reasons or 'there are none'}")
+            if sequences.left_out:
+                self._progress.say(f"{name}: {sequences.left_out.total()} of {sequences.num} sequences are left out: {sequences.reasons}")
+
+        made_of = [*map(manifest.checksum, source.paths), _checksum(tokenizer), source.too_long, str(length)]
+        return ConversationDocuments(self._made(f"data/{name}", made_of, encode))
+
+    def _made(self, name: str, made_of: list[str], make: Callable[[Path], object]) -> Path:
+        """A folder of the run that holds what `make` puts there; made anew if it was made of something else."""
+        folder = self._out / name
+        if _made_of(folder) != made_of:
+            (self._out / "work" / "tmp").mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(dir=self._out / "work" / "tmp"))
+            make(draft)
+            (draft / MADE_OF).write_bytes(orjson.dumps(made_of))
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.mkdir(exist_ok=True)
             draft.replace(folder)
         return folder
-
-    def _conversations(self, source: ConversationSource, tokenizer: Tokenizer) -> Documents:
-        folder, length, name = self._out / "data" / name_of(source), self._recipe.batch.sequence, name_of(source)
-        made_of = [*map(manifest.checksum, source.paths), _checksum(tokenizer), source.too_long, str(length)]
-        if folder.exists() and (found := ConversationDocuments(folder)).made_of == made_of:
-            return found
-        if not tokenizer.has_chat_template:
-            raise ConfigError("the tokenizer has no chat template to render conversations with: put a chat_template.jinja beside it")
-        sequences = _Sequences(source, tokenizer, length)
-        draft = self._draft()
-        num_kept = ConversationDocuments.write(draft, sequences, made_of)
-        if not num_kept:
-            raise ConfigError(f"no conversation of {name} can be trained: {sequences.reasons or 'there are none'}")
-        if sequences.left_out:
-            self._progress.say(f"{name}: {sequences.left_out.total()} of {sequences.num} sequences are left out: {sequences.reasons}")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(exist_ok=True)
-        draft.replace(folder)
-        return ConversationDocuments(folder)
-
-    def _draft(self) -> Path:
-        """A new folder that the next run clears away if this one does not live to rename it."""
-        (self._out / "work" / "tmp").mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(dir=self._out / "work" / "tmp"))
 
 
 def name_of(source: AnySource) -> str:
@@ -202,6 +204,21 @@ def _shards(path: Path, tokenizer: Tokenizer) -> ShardDocuments:
 def _checksum(tokenizer: Tokenizer) -> str:
     """As token shards have it."""
     return xxhash.xxh3_128_hexdigest(tokenizer.library.to_str().encode())
+
+
+def _text_checksum(text: Input) -> str:
+    """Of what a data recipe wrote."""
+    assert isinstance(text, JsonlInput)
+    return manifest.checksum(Path(text.paths[0]).parent / "manifest.json")
+
+
+def _made_of(folder: Path) -> list[str] | None:
+    """What is noted in a folder about what it was made of; None if it is not there, or not whole."""
+    try:
+        found: list[str] = orjson.loads((folder / MADE_OF).read_bytes())
+    except FileNotFoundError:
+        return None
+    return found
 
 
 def _texts(inputs: Sequence[Input]) -> Iterator[str]:
