@@ -23,34 +23,6 @@ constexpr int kStretchBytes = 16 * 1024;     // of a panel, half of a small firs
 constexpr int kWidenedRows = 3;              // up to here weights are widened in registers, above into memory
 constexpr int kWidened = kStretchBytes / 4 / NR;  // places along k that are widened into memory at once
 
-template <int n>
-using Count = std::integral_constant<int, n>;
-
-// work(Count<rows>) for rows known only now, 1 <= rows <= most.
-template <int most, class Work>
-inline void with_count(int rows, const Work& work) {
-    if constexpr (most == 1) {
-        work(Count<1>{});
-    } else {
-        if (rows == most) {
-            work(Count<most>{});
-        } else {
-            with_count<most - 1>(rows, work);
-        }
-    }
-}
-
-// work(Count<n>, first row) over tiles of at most `most` rows, as even as possible: two tiles of four keep the processor busier than one of
-// six and one of two.
-template <int most, class Work>
-inline void in_tiles(int rows, const Work& work) {
-    for (int tiles = (rows + most - 1) / most, row = 0; tiles; tiles--) {
-        const int count = (rows - row + tiles - 1) / tiles;
-        with_count<most>(count, [&](auto n) { work(n, row); });
-        row += count;
-    }
-}
-
 // One block: `rows` rows from `row` on times `panels` panels from `panel` on. Sums: [panel][row][NR].
 struct Block {
     const gemel_weight& weight;

@@ -260,9 +260,18 @@ inline f32 exp2(f32 x) {
 }
 
 inline void store_bf16(bf16* p, f32 v) {
+#if GEMEL_AVX2
+    const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256 kept = _mm256_blendv_ps(_mm256_castsi256_ps(nearest), _mm256_or_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x400000))),
+                                         _mm256_cmp_ps(v, v, _CMP_UNORD_Q));  // NaN stays NaN
+    const __m256i upper = _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
+#else
     float lanes[W];
     store(lanes, v);
     for (int i = 0; i < W; i++) p[i] = to_bf16(lanes[i]);
+#endif
 }
 
 }  // namespace gemel
