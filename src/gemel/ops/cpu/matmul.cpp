@@ -28,23 +28,6 @@ constexpr bool kWide = false;
 constexpr int kWidenedRows = 3;              // up to here weights are widened in registers, above into memory
 constexpr int kWidened = kStretchBytes / 4 / NR;  // places along k that are widened into memory at once
 
-template <int n>
-using Count = std::integral_constant<int, n>;
-
-// work(Count<rows>) for rows known only now, 1 <= rows <= most.
-template <int most, class Work>
-inline void with_count(int rows, const Work& work) {
-    if constexpr (most == 1) {
-        work(Count<1>{});
-    } else {
-        if (rows == most) {
-            work(Count<most>{});
-        } else {
-            with_count<most - 1>(rows, work);
-        }
-    }
-}
-
 // Bytes that will be wanted soon.
 struct Ahead {
     const uint8_t* from;
@@ -56,17 +39,15 @@ struct Ahead {
     }
 };
 
-// work(Count<n>, first row) over tiles of at most `most` rows, as even as possible: two tiles of four keep the processor busier than one of
-// six and one of two. Meanwhile what lies ahead is fetched.
+// The same tiles, and meanwhile what lies ahead is fetched.
 template <int most, class Work>
 inline void in_tiles(int rows, const Ahead& ahead, const Work& work) {
     const int tiles = (rows + most - 1) / most;
-    for (int tile = 0, row = 0; tile < tiles; tile++) {
-        const int count = (rows - row + tiles - tile - 1) / (tiles - tile);
-        ahead.fetch(tile, tiles);
-        with_count<most>(count, [&](auto n) { work(n, row); });
-        row += count;
-    }
+    int tile = 0;
+    in_tiles<most>(rows, [&](auto n, int row) {
+        ahead.fetch(tile++, tiles);
+        work(n, row);
+    });
 }
 
 // One block: `rows` rows from `row` on times `panels` panels, `apart` from one another, from `panel` on. Sums: [panel][row][NR].

@@ -5,6 +5,7 @@
 // sums over lanes have one fixed order, so a row's numbers never depend on which loop they went through.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -101,6 +102,7 @@ inline f32 div(f32 a, f32 b) { return _mm512_div_ps(a, b); }
 inline f32 fma(f32 a, f32 b, f32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline f32 max(f32 a, f32 b) { return _mm512_max_ps(a, b); }
 inline f32 min(f32 a, f32 b) { return _mm512_min_ps(a, b); }
+inline f32 sqrt(f32 a) { return _mm512_sqrt_ps(a); }
 inline f32 round(f32 a) { return _mm512_roundscale_ps(a, 8); }
 inline f32 pow2(f32 whole) {  // 2^whole for whole numbers in [-126, 127]
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127)), 23));
@@ -143,6 +145,7 @@ inline f32 div(f32 a, f32 b) { return _mm256_div_ps(a, b); }
 inline f32 fma(f32 a, f32 b, f32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline f32 max(f32 a, f32 b) { return _mm256_max_ps(a, b); }
 inline f32 min(f32 a, f32 b) { return _mm256_min_ps(a, b); }
+inline f32 sqrt(f32 a) { return _mm256_sqrt_ps(a); }
 inline f32 round(f32 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline f32 pow2(f32 whole) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23));
@@ -184,6 +187,7 @@ inline f32 div(f32 a, f32 b) { return a / b; }
 inline f32 fma(f32 a, f32 b, f32 c) { return a * b + c; }
 inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
 inline f32 min(f32 a, f32 b) { return a < b ? a : b; }
+inline f32 sqrt(f32 a) { return f32{std::sqrt(a[0]), std::sqrt(a[1]), std::sqrt(a[2]), std::sqrt(a[3])}; }
 inline f32 round(f32 a) {  // adding 1.5 * 2^23 pushes the fraction out, to nearest even; for |a| < 2^22
     const f32 magic = set1(12582912.0f);
     return (a + magic) - magic;
@@ -275,9 +279,18 @@ inline f32 exp2(f32 x) {
 }
 
 inline void store_bf16(bf16* p, f32 v) {
+#if GEMEL_AVX2
+    const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256 kept = _mm256_blendv_ps(_mm256_castsi256_ps(nearest), _mm256_or_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x400000))),
+                                         _mm256_cmp_ps(v, v, _CMP_UNORD_Q));  // NaN stays NaN
+    const __m256i upper = _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
+#else
     float lanes[W];
     store(lanes, v);
     for (int i = 0; i < W; i++) p[i] = to_bf16(lanes[i]);
+#endif
 }
 
 }  // namespace gemel

@@ -4,6 +4,8 @@
 // and among a thousand others.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace gemel {
@@ -24,9 +26,10 @@ inline void keep_in_memory() { asm volatile("" ::: "memory"); }
 
 // c[r][0..NR) (+)= sum over k of a[r][k] * w[k][0..NR).   w: row k begins at w + k * ldw.
 // One or two rows have too few sums to keep the multipliers busy, so they may go through P panels at once: those begin `next` apart in w
-// and NR apart in c.
+// and NR apart in c. `along` is how far apart a row's numbers are in a.
 template <int R, int P = 1>
-[[gnu::noinline]] void tile_f32(const float* a, int64_t lda, const float* w, int64_t ldw, int k, float* c, int64_t ldc, bool add, int64_t next = 0) {
+[[gnu::noinline]] void tile_f32(const float* a, int64_t lda, const float* w, int64_t ldw, int k, float* c, int64_t ldc, bool add, int64_t next = 0,
+                                int64_t along = 1) {
     f32 left[R][P], right[R][P];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
@@ -42,7 +45,7 @@ template <int R, int P = 1>
             const f32 w0 = load(w + p * next), w1 = load(w + p * next + W);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                const f32 x = set1(a[r * lda + i]);
+                const f32 x = set1(a[r * lda + i * along]);
                 accumulate(left[r][p], x, w0);
                 accumulate(right[r][p], x, w1);
             }
@@ -109,6 +112,34 @@ template <int R, int P = 1>
             store(c + r * ldc + p * NR, left[r][p]);
             store(c + r * ldc + p * NR + W, right[r][p]);
         }
+    }
+}
+
+template <int n>
+using Count = std::integral_constant<int, n>;
+
+// work(Count<rows>) for rows known only now, 1 <= rows <= most.
+template <int most, class Work>
+inline void with_count(int rows, const Work& work) {
+    if constexpr (most == 1) {
+        work(Count<1>{});
+    } else {
+        if (rows == most) {
+            work(Count<most>{});
+        } else {
+            with_count<most - 1>(rows, work);
+        }
+    }
+}
+
+// work(Count<n>, first row) over tiles of at most `most` rows, as even as possible: two tiles of four keep the processor busier than one of
+// six and one of two.
+template <int most, class Work>
+inline void in_tiles(int rows, const Work& work) {
+    for (int tiles = (rows + most - 1) / most, row = 0; tiles; tiles--) {
+        const int count = (rows - row + tiles - 1) / tiles;
+        with_count<most>(count, [&](auto n) { work(n, row); });
+        row += count;
     }
 }
 
