@@ -44,7 +44,7 @@ template <int most, class Work>
 inline void in_tiles(int rows, const Ahead& ahead, const Work& work) {
     const int tiles = (rows + most - 1) / most;
     int tile = 0;
-    in_tiles<most>(rows, [&](auto n, int row) {
+    gemel::in_tiles<most>(rows, [&](auto n, int row) {
         ahead.fetch(tile++, tiles);
         work(n, row);
     });
