@@ -19,6 +19,10 @@ RELATIVE = {
     "bf16_gradients": 6e-2,  # forward and backward through all layers in bf16, against fp32
 }
 
+# How far a random number may be from where two tokens meet and be taken for either, and a probability from where top-p or min-p cuts:
+# weights are fp32, and a sum of them is as exact as one of them.
+DRAW_BORDER = 1e-6
+
 CHI_SQUARE_P = 1e-4  # a statistical test fails below this p-value; seeds are fixed, so it is not a matter of luck
 
 

@@ -30,6 +30,7 @@ BENCHMARKS = TIMED | {
     "data": "cleaning a corpus into tokens of the model: documents per processor second, beside a peer",
 }
 WORK = ("near-duplicates", "clean", "pages")  # gemel.bench.data.WORK, which help must not import; a test compares them
+SAMPLING = ("greedy", "temperature", "top-k", "top-p", "min-p", "penalties", "logprobs", "all")  # of gemel.bench.step, likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,12 @@ def _work(text: str) -> str:
     return text
 
 
+def _sampling(text: str) -> str:
+    if text not in SAMPLING:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(SAMPLING)}")
+    return text
+
+
 def _peer(text: str) -> str:
     if text != "datatrove":
         raise argparse.ArgumentTypeError(f"{text!r} cannot be measured; datatrove can")
@@ -96,6 +103,7 @@ OPTIONS = (
     Option("batch", _counts, "1,64", ("step",), "numbers of streams", "N,..."),
     Option("context", _count, 128, ("step",), "tokens that each stream has already", "TOKENS"),
     Option("steps", _count, 64, ("step",), "how many steps are taken apart"),
+    Option("sampling", _sampling, "greedy", ("step",), f"how tokens are chosen: {', '.join(SAMPLING)}", "RULES"),
     Option("text", Path, None, ("quality",), "UTF-8 text; default: docstrings of Python's standard library", "FILE"),
     Option("window", _count, 256, ("quality",), "the text is cut into windows of so many tokens", "TOKENS"),
     Option("tokens", _count, 16384, ("quality",), "so much of the text is scored at most", "TOKENS"),
@@ -174,12 +182,13 @@ def _run_step(args: argparse.Namespace, head: dict[str, object], path: Path, con
     text = TextEngine(subject.engine, tokenizer)
     rates = machine.rates(subject.device, subject.storage.arithmetics)
     cost, read = subject.cost(rates), rates.read_bytes_per_s
-    profiles = [step.profile(text, cost, batch, args.context, args.steps) for batch in args.batch]
+    profiles = [step.profile(text, cost, batch, args.context, args.steps, args.sampling) for batch in args.batch]
     lines = []
     for profile in profiles:
         lines += [step.summary(profile), report.aligned(step.table(profile, read)), ""]
     if args.profile and not profiles[0].native:
         lines.append(step.operators(text, cost, args.batch[-1], args.context))
+    head = head | {"sampling": args.sampling}
     _print(head, subject, rates, lines, {"batches": [step.as_json(profile, read) for profile in profiles]}, only_json=args.json)
 
 
