@@ -198,7 +198,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x**2) + eps) * weight over the last axis of [T, D] or [T, M, D]."""
+    """Root mean square norm, x / sqrt(mean(x**2) + eps) * weight over the last axis of [T, D] or [T, M, D]."""
     kernels = native_kernels(x) if _fits_norm(x, weight_D) else None
     if kernels is None:
         return reference.rms_norm(x, weight_D, eps)
@@ -306,7 +306,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
-    """x W^T + b over [T, D], by whichever of torch's products and ours is faster on this processor: see `products_are_native`."""
+    """The product x W^T + b over [T, D], by whichever of torch's products and ours is faster on this processor: see `products_are_native`."""
     fits = x_TD.dim() == 2 and products_are_native(x_TD.dtype)
     kernels = native_kernels(x_TD, weight_ED) if fits else None
     if kernels is None:
