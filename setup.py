@@ -30,10 +30,12 @@ VARIANTS["AMD64"], VARIANTS["arm64"] = VARIANTS["x86_64"], VARIANTS["aarch64"]
 
 
 def compile_variant(name: str, flags: str, target: Path) -> str | None:
-    """Compile one library; the reason if that failed."""
+    """Compile one library, unless it is newer than its sources; the reason if that failed."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     target.mkdir(parents=True, exist_ok=True)
     made, library = target / f".{name}.{os.getpid()}.so", target / f"{name}.so"
+    if library.exists() and library.stat().st_mtime > max(path.stat().st_mtime for path in [Path(__file__), *SOURCES.glob("*.[ch]*")]):
+        return None
     command = [*compiler, *COMMON.split(), *flags.split(), *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -13,7 +13,10 @@ RELATIVE = {
     "fp32_reference": 1e-4,  # against another implementation in fp32
     "int8_activations": 3e-2,  # activations rounded to int8: a last-bit difference before rounding moves a number by a whole step
     "fp16_scales": 1e-3,  # weights whose scales and minima were rounded to fp16, 2^-11 each
+    "bf16_state": 1e-2,  # how far weights come in some tens of steps, with moments of 16 bits instead of 32
+    "int8_state": 2e-2,  # the same with 8 bits; around the largest number of a block they lie 1.4% apart
     "bf16_reorder": 3e-2,  # the same mathematics in bf16
+    "bf16_gradients": 6e-2,  # forward and backward through all layers in bf16, against fp32
 }
 
 CHI_SQUARE_P = 1e-4  # a statistical test fails below this p-value; seeds are fixed, so it is not a matter of luck

@@ -69,10 +69,18 @@ def test_corpus_step_sees_all_units_and_the_steps_around_it_act_in_order(tmp_pat
     assert not (tmp_path / "out" / "work").exists()
 
 
+def test_every_step_has_its_seconds(tmp_path: Path) -> None:
+    do(recipe(corpus(tmp_path), [custom("Sleeps", seconds=0.01), first_of_each()]), tmp_path / "out")
+    seconds = json.loads((tmp_path / "out" / "timing.json").read_bytes())
+    assert set(seconds) == {"read", "Sleeps", "FirstOfEach", "write"}
+    assert all(spent > 0 for spent in seconds.values())
+
+
 def test_two_corpus_steps(tmp_path: Path) -> None:
     path = corpus(tmp_path)
     stats = do(recipe(path, [first_of_each(), first_of_each(4)]), tmp_path / "out")
     assert stats.kept.documents == len({row["text"][:4] for row in truth(path)}) == 20
+    assert [step.name for step in stats.steps] == ["read", "FirstOfEach", "FirstOfEach 2", "write"]
 
 
 def test_units_and_ranges_do_not_change_what_is_kept(tmp_path: Path) -> None:

@@ -162,11 +162,11 @@ def _replace(stack: ExitStack, owner: object, name: str, value: object) -> None:
 
 def profile(text: TextEngine, cost: StepCost, batch: int, context: int, num_steps: int) -> Profile:
     """Decode `batch` random prompts of `context` tokens, and take `num_steps` steps apart. Raises ConfigError for what has no room."""
-    _check(text, batch, context, num_steps)
+    num_tokens = _check(text, batch, context, num_steps)
     rng = random.Random(batch)
     program: Profiled | None = getattr(text.engine.runner, "program", None)
     names = [f"step-{batch}-{number}" for number in range(batch)]
-    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=WARM_UP_STEPS + num_steps + 1)
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=num_tokens)
     for name in names:
         text.add(Request(name, tuple(rng.randrange(text.engine.vocab_size) for _ in range(context)), params, salt=name))
     stopwatch, steps = Stopwatch(), []
@@ -177,8 +177,9 @@ def profile(text: TextEngine, cost: StepCost, batch: int, context: int, num_step
             text.step()
             total_s = perf_counter() - start_s
             parts, operations = stopwatch.take(), program.profile() if program else None
-            num_decoding += len(plans[0].work) == batch and all(item.num_new == 1 for item in plans[0].work)
-            if num_decoding > WARM_UP_STEPS:
+            decoding = len(plans[0].work) == batch and all(item.num_new == 1 for item in plans[0].work)
+            num_decoding += decoding
+            if decoding and num_decoding > WARM_UP_STEPS:
                 steps.append(_step(total_s, parts, operations, cost, plans[0]))
     for name in names:
         text.abort(name)
@@ -196,16 +197,20 @@ def _step(total_s: float, parts: Mapping[str, float], operations: Mapping[str, f
     return Step(total_s, outside_s, model_s, planned_s, planned_bytes)
 
 
-def _check(text: TextEngine, batch: int, context: int, num_steps: int) -> None:
+def _check(text: TextEngine, batch: int, context: int, num_steps: int) -> int:
+    """How many tokens each sequence is to make: the first ones decode already while prompts of the others are read."""
     engine = text.engine
+    num_reading = -(-batch * context // max(1, engine.config.max_step_tokens - batch))
+    num_tokens = WARM_UP_STEPS + num_steps + num_reading + 1
     if batch > engine.config.max_running:
         raise ConfigError(f"--batch {batch} sequences, but max_running = {engine.config.max_running}: raise --max-running")
-    longest = context + WARM_UP_STEPS + num_steps + 1
+    longest = context + num_tokens
     if longest > engine.max_context:
         raise ConfigError(f"--context and --steps make {longest} tokens, the engine's limit is {engine.max_context}: lower one of them")
     room = engine.stats().blocks_total * engine.config.block_tokens // batch
     if longest > room:
         raise ConfigError(f"{batch} sequences of {longest} tokens do not fit the key/value blocks: raise --kv-bytes or lower --batch")
+    return num_tokens
 
 
 def summary(profile: Profile) -> str:

@@ -18,7 +18,7 @@ HELP = "clean, filter and deduplicate documents as a recipe says"
 EXAMPLE = """gemel data recipes/stdlib.toml --output out
 gemel data recipes/stdlib.toml --output out --set step.0.min_chars=500 --workers 4
 gemel data inspect out"""
-VERBS = ("inspect", "sft")
+VERBS = ("inspect", "label", "classify", "ngram", "sft")
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: others have to do something first
 RUNNERS = ("local", "slurm", "ray")

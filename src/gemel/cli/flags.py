@@ -80,7 +80,13 @@ def biases(text: str) -> dict[int, float]:
 
 
 ENGINE = (
-    Flag("dtype", str, "auto", "compute type; auto: bf16 where the hardware has it, else fp32", ("auto", "float32", "bfloat16", "float16")),
+    Flag(
+        "dtype",
+        str,
+        "auto",
+        "compute type; auto: bf16 where the CPU kernels run or the hardware multiplies it, else fp32",
+        ("auto", "float32", "bfloat16", "float16"),
+    ),
     Flag("device", str, "auto", "auto, cpu, cuda or cuda:N"),
     Flag("threads", int, Words("the cores this process may use"), "threads of one operation", metavar="N"),
     Flag("weights", str, "auto", "auto keeps them as stored; int8 and int4 round on loading", ("auto", "int8", "int4")),

@@ -38,7 +38,7 @@ Batching = Annotated[ContinuousBatching | StaticBatching | DynamicBatching, Fiel
 class EngineConfig(Config):
     """Limits of one engine.
 
-    dtype               compute and KV type; auto takes bf16 where the hardware multiplies it natively and fp32 elsewhere
+    dtype               compute and KV type; auto takes bf16 where the CPU kernels run or the hardware multiplies it, else fp32
     device              auto takes cuda where there is one, else cpu
     max_context         tokens of prompt and output together; None takes the model's own limit
     block_tokens        tokens in one KV block (Kwon et al. 2023, arXiv 2309.06180)

@@ -72,14 +72,12 @@ def look(output: Path) -> Inspection:
     if (found := manifest.read_manifest(output)) is not None:
         seconds = orjson.loads((output / "timing.json").read_bytes())
         return Inspection(output, Stats.from_json(found[1]), found[0], seconds, ())
-    stats, entries, spent = Stats.empty(job.names), dict[str, Entry](), dict[str, float]()
+    stats, entries = Stats.empty(job.names), dict[str, Entry]()
     for record in job.records():
         stats.add(Stats.from_json(record.stats))
         entries.update({name: entry for name, entry in record.files.items() if not name.startswith("work/")})
-        for name, seconds in record.seconds.items():
-            spent[name] = spent.get(name, 0.0) + seconds
     stages = tuple((stage.name, stage.num_tasks - len(job.missing(stage)), stage.num_tasks) for stage in job.stages)
-    return Inspection(output, stats, entries, spent, stages)
+    return Inspection(output, stats, entries, job.seconds(), stages)
 
 
 def verify(inspection: Inspection) -> list[str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,25 @@ from gemel.config.data.pipeline import TokensOutput
 from gemel.config.errors import ConfigError
 from gemel.data.document import Document, Dropped
 from gemel.data.manifest import Entry, Shard
-from gemel.data.shards import SUFFIX, ShardWriter, TokenShards, Vocabulary
+from gemel.data.shards import SUFFIX, ShardWriter, Vocabulary
 
 Encode = Callable[[Sequence[str]], Sequence[npt.NDArray[Any]]]
+
+
+class Documents(Protocol):
+    """What is packed: token shards, or anything else that is a number of documents."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Of each document, in tokens."""
+
+    def __getitem__(self, number: int, /) -> Any:
+        """The tokens of one."""
+
+    def order(self, seed: int, epoch: int = 0) -> npt.NDArray[np.int64]:
+        """All numbers shuffled, the same for the same seed and epoch."""
+
+
 Ids = npt.NDArray[np.int64]
 
 _WINDOW = 1 << 16  # pieces that BestFit looks at together: more would fill sequences no better, and take longer to begin
@@ -118,7 +134,7 @@ class Packed:
 class Cut:
     """All documents in shuffled order, cut every `length` positions. Sequence i can be read at once: nothing before it needs to be."""
 
-    def __init__(self, shards: TokenShards, length: int, seed: int, epoch: int = 0):
+    def __init__(self, shards: Documents, length: int, seed: int, epoch: int = 0):
         self._shards, self._length = shards, _checked(length)
         self._order = shards.order(seed, epoch)
         self._ends = np.cumsum(shards.lengths[self._order] - 1)
@@ -148,7 +164,7 @@ class BestFit:
     one window, so a run that was stopped goes on by window and number within it.
     """
 
-    def __init__(self, shards: TokenShards, length: int, seed: int, epoch: int = 0):
+    def __init__(self, shards: Documents, length: int, seed: int, epoch: int = 0):
         self._shards, self._length = shards, _checked(length)
         self._seed, self._epoch = seed, epoch
         self._order = shards.order(seed, epoch)
@@ -203,7 +219,7 @@ def _larger_first(sizes: Sequence[int], item: int) -> int:
     return -sizes[item]
 
 
-def _pack(shards: TokenShards, pieces: Sequence[tuple[int, int, int]]) -> Packed:
+def _pack(shards: Documents, pieces: Sequence[tuple[int, int, int]]) -> Packed:
     """Pieces (document, first position, number of positions) as one sequence."""
     starts = np.cumsum([0, *(size for _, _, size in pieces)])
     inputs, targets = np.empty(starts[-1], np.int64), np.empty(starts[-1], np.int64)

@@ -10,6 +10,7 @@ with that step's verdicts. The last pass writes the output.
 from __future__ import annotations
 
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from gemel.data.manifest import Entry, Plan, Record
 from gemel.data.read.reader import Piece
 from gemel.data.stats import Stats
 from gemel.data.step import CorpusStep, Step
-from gemel.data.unit import Batch, Call, Progress, Sink, Source, UnitPass
+from gemel.data.unit import Batch, Call, PassedOn, Progress, Sink, Source, UnitPass
 
 RANGE_BYTES = 128 * 2**20  # of input for one range of keys; keys are smaller than the text they are made of
 LEAST_RANGES, MOST_RANGES = 4, 4096
@@ -74,6 +75,11 @@ def grouped(pieces: Sequence[Piece], unit_bytes: int) -> Iterator[tuple[Piece, .
         yield tuple(group)
 
 
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names of steps, numbered where one comes again, since figures go by name."""
+    return [name if name not in names[:i] else f"{name} {names[: i + 1].count(name)}" for i, name in enumerate(names)]
+
+
 class Job:
     """A run in its output folder. Everything that it knows is on disk, so any number of processes can each have one."""
 
@@ -82,7 +88,7 @@ class Job:
         assert plan is not None, f"{output} has no plan; call Job.begin first"
         self.output, self.plan = output, plan
         self.recipe = Recipe.parse(plan.recipe)
-        self.names = [READING, *(build.name(step) for step in self.recipe.step), WRITING]
+        self.names = distinct([READING, *(build.name(step) for step in self.recipe.step), WRITING])
         self._steps: dict[int, Step | CorpusStep] = {}
 
     @classmethod
@@ -136,6 +142,7 @@ class Job:
 
     def perform(self, stage: Stage, index: int, progress: Progress) -> None:
         """Do one task and record it."""
+        began = time.perf_counter()
         match stage.kind:
             case "pass":
                 record = self._pass(stage.number, index, progress)
@@ -143,6 +150,8 @@ class Job:
                 record = self._resolve(stage.number, index)
             case "conclude":
                 record = self._conclude(stage.number)
+        if stage.kind != "pass":
+            record.seconds[self.names[self.plan.corpus[stage.number] + 1]] = time.perf_counter() - began
         record.write(self.output, stage.name, index)
         progress(1.0)
         # What this task was made from is not needed any more. If we die before it is gone, `finish` removes it.
@@ -171,7 +180,8 @@ class Job:
             sink = Sink(dropped, build.writer(self.recipe.output, self.output, index), None)
         else:
             keys = KeyWriter(self.output, _keys(number, index), self.plan.num_ranges)
-            sink = Sink(dropped, None, (SpillWriter(self.output, _spilled(number, index)), keys, self._corpus_step(number)))
+            stored = SpillWriter(self.output, _spilled(number, index))
+            sink = Sink(dropped, None, PassedOn(stored, keys, self._corpus_step(number), self.names[corpus[number] + 1]))
         source = Source(index)
         input_number, pieces = self.plan.units[index]
         batches: Iterator[Batch]
@@ -228,6 +238,15 @@ class Job:
                 if index in there[stage.name]:
                     yield Record.read(self.output / manifest.record_name(stage.name, index))
 
+    def seconds(self) -> dict[str, float]:
+        """What each step has taken so far, in all workers together."""
+        spent: defaultdict[str, float] = defaultdict(float)
+        for stage in self.stages:
+            for index in sorted(manifest.done(self.output, stage.name)):
+                for name, seconds in Record.read(self.output / manifest.record_name(stage.name, index)).seconds.items():
+                    spent[name] += seconds
+        return dict(spent)
+
     def stats(self) -> Stats:
         """The figures so far."""
         found = manifest.read_manifest(self.output)
@@ -241,11 +260,8 @@ class Job:
     def finish(self) -> Stats:
         """Check that nothing was lost, write the manifest and remove what was only needed on the way."""
         total, entries = Stats.empty(self.names), dict[str, Entry]()
-        seconds: defaultdict[str, float] = defaultdict(float)
         for record in self.records():
             total.add(Stats.from_json(record.stats))
-            for name, spent in record.seconds.items():
-                seconds[name] += spent
             entries.update({name: entry for name, entry in record.files.items() if not name.startswith("work/")})
         total.check()
         for name, entry in entries.items():
@@ -255,7 +271,7 @@ class Job:
                     f"{path} was written with {entry.bytes} bytes and has been changed since; remove {self.output} to begin anew"
                 )
         assert sum(entry.rows for name, entry in entries.items() if name.startswith("dropped/")) == sum(s.num_dropped for s in total.steps)
-        manifest.write_file(self.output, "timing.json", orjson.dumps(dict(seconds), option=manifest.PRETTY))
+        manifest.write_file(self.output, "timing.json", orjson.dumps(self.seconds(), option=manifest.PRETTY))
         manifest.write_manifest(self.output, dict(sorted(entries.items())), total.to_json())
         shutil.rmtree(self.output / "work", ignore_errors=True)
         return total

@@ -101,12 +101,23 @@ class Source:
         return np.array(numbers, np.uint64) + np.uint64(self.unit << UNIT_BITS)
 
 
-class Sink:
-    """Where a pass puts its documents. Exactly one of `writer` (the last pass) and `spill` with `keys` is there."""
+@dataclass(frozen=True, slots=True)
+class PassedOn:
+    """What a pass leaves for a step that compares documents: the documents, and their keys."""
 
-    def __init__(self, dropped: DroppedWriter, writer: Writer | None, passed_on: tuple[spill.SpillWriter, KeyWriter, CorpusStep] | None):
+    stored: spill.SpillWriter
+    keys: KeyWriter
+    step: CorpusStep
+    name: str
+
+
+class Sink:
+    """Where a pass puts its documents. Exactly one of `writer` (the last pass) and `passed_on` (to the step that it names) is there."""
+
+    def __init__(self, dropped: DroppedWriter, writer: Writer | None, passed_on: PassedOn | None):
         assert (writer is None) != (passed_on is None)
         self._dropped, self._writer, self._passed_on = dropped, writer, passed_on
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # for making keys, which belong to the step that wants them
 
     def keep(self, documents: Sequence[Document], places: Places) -> Mapping[int, Dropped]:
         """Take what all steps have kept; what cannot be written comes back, by its index."""
@@ -115,9 +126,11 @@ class Sink:
         if self._writer is not None:
             return self._writer.write(documents)
         assert self._passed_on is not None
-        stored, keys, step = self._passed_on
-        keys.write(step.keys(documents, places))
-        stored.write(documents, places)
+        began = time.perf_counter()
+        keys = self._passed_on.step.keys(documents, places)
+        self.seconds[self._passed_on.name] += time.perf_counter() - began
+        self._passed_on.keys.write(keys)
+        self._passed_on.stored.write(documents, places)
         return {}
 
     def drop(self, step: str, dropped: Sequence[Dropped]) -> None:
@@ -131,14 +144,16 @@ class Sink:
             written, tokens = self._writer.commit()
             return {**entries, **written}, tokens
         assert self._passed_on is not None
-        stored, keys, _ = self._passed_on
-        return {**entries, **stored.commit(), **keys.commit()}, None
+        return {**entries, **self._passed_on.stored.commit(), **self._passed_on.keys.commit()}, None
 
     def abandon(self) -> None:
         """Leave no trace of any."""
-        for part in (self._dropped, self._writer, *(self._passed_on or ())[:2]):
-            if part is not None:
-                part.abandon()
+        self._dropped.abandon()
+        if self._writer is not None:
+            self._writer.abandon()
+        if self._passed_on is not None:
+            self._passed_on.stored.abandon()
+            self._passed_on.keys.abandon()
 
 
 class UnitPass:
@@ -161,7 +176,9 @@ class UnitPass:
         except BaseException:
             self._sink.abandon()
             raise
-        self._seconds["write"] += time.perf_counter() - began
+        self._seconds["write"] += time.perf_counter() - began - sum(self._sink.seconds.values())
+        for name, spent in self._sink.seconds.items():
+            self._seconds[name] += spent
         self._stats.skipped = self._source.reading.skipped
         if tokens is not None:
             self._stats.tokens = tokens

@@ -8,10 +8,18 @@ import threading
 import time
 from collections.abc import Mapping
 from types import FrameType, TracebackType
-from typing import Self, TextIO
+from typing import Protocol, Self, TextIO
 
 TTY_EVERY_S, LOG_EVERY_S = 0.2, 15.0
 LEAST_S = 1.0  # a rate over less time than this says nothing
+STOPPING = "stopping when the tasks that have begun are finished; again to stop now (nothing is lost, only they are redone)"
+
+
+class Speaker(Protocol):
+    """Who tells a person something."""
+
+    def say(self, text: str) -> None:
+        """A message."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -78,8 +86,8 @@ class StopRequest:
     SIGTERM counts because that is how job schedulers say that time is up.
     """
 
-    def __init__(self, board: Board):
-        self._board = board
+    def __init__(self, board: Speaker, text: str = STOPPING):
+        self._board, self._text = board, text
         self.asked = False
 
     def __enter__(self) -> Self:
@@ -96,4 +104,4 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        self._board.say("stopping when the tasks that have begun are finished; again to stop now (nothing is lost, only they are redone)")
+        self._board.say(self._text)

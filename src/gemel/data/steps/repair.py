@@ -1,7 +1,8 @@
 """What wrong decoding and careless conversion left behind in text, undone where that is certain.
 
 Mojibake is UTF-8 that somebody read as another charset; ftfy (Speer 2019) finds the sequences that hardly ever mean themselves and decodes
-them again. That search is slow and nearly all text is clean, so it is asked only where a character stands that such sequences need.
+them again. That search is slow and nearly all text is clean, so it is asked only about lines in which two characters stand together that a
+charset of one byte each has beyond ASCII: no sequence of UTF-8 leaves less.
 Full-width letters and digits are not touched: in Chinese and Japanese they are a choice, not an error.
 """
 
@@ -20,6 +21,7 @@ from gemel.data.steps.counts import count
 # no characters (lone surrogates, U+FFFE, U+FFFF). Joiners stay: they spell words in Persian and Hindi and draw emoji; so do direction
 # marks.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff\ud800-\udfff\ufffe\uffff]")
+_SUSPECT = re.compile("[\x80-\u25ff\uf8ff\ufb01\ufb02]{2}")
 _LINE_ENDS = re.compile("\r\n?|\u2028|\u2029|\x85")
 
 
@@ -65,9 +67,9 @@ def _load_undo() -> Callable[[str], str]:
         raise UnsupportedError("mojibake = true needs ftfy: pip install 'gemel[data]', or set mojibake = false") from None
 
     def undo(text: str) -> str:
-        # Line by line: one garbled quotation must not decide how the rest of the page is read.
-        if not is_bad(text):
+        if not _SUSPECT.search(text):
             return text
-        return "\n".join(fix_encoding(line) if is_bad(line) else line for line in text.split("\n"))
+        # Line by line: one garbled quotation must not decide how the rest of the page is read.
+        return "\n".join(fix_encoding(line) if _SUSPECT.search(line) and is_bad(line) else line for line in text.split("\n"))
 
     return undo

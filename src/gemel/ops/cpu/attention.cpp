@@ -33,51 +33,47 @@ constexpr int kMostRows = 3, kAccumulators = 12;
 
 // --- what a tile is made of ----------------------------------------------------------------------------------------------------------
 //
-// A format says what numbers a tile has, what they are multiplied with, how one vector of two lines is loaded, multiplied and kept. `kStep`
-// is how many numbers of a line (bf16: of a pair of lines) make a vector; `Wide` is the format that unpacking leads to.
+// A format says what numbers a tile has, what they are multiplied with, and how a vector of a line is loaded. Lines come in pairs; where
+// bf16 is multiplied as such, one vector holds both (kParts = 1), else they are taken one after the other. `kStep` is how many numbers of a
+// line (BF16: of a pair) make a vector; `Wide` is the format that unpacking leads to.
 
-struct Two {
-    f32 first, second;
-};
-
-inline f32 multiply_add(const float* a, const Two& lines, f32 sum) { return fma(set1(a[1]), lines.second, fma(set1(a[0]), lines.first, sum)); }
-inline void keep(const Two& lines, float* out, int64_t ld) {
-    store(out, lines.first);
-    store(out + ld, lines.second);
-}
+inline f32 broadcast(const float* a, int part) { return set1(a[part]); }
+inline void add_product(f32& sum, f32 x, f32 line) { accumulate(sum, x, line); }
+inline void keep(f32 line, float* out, int part) { store(out + part * kTile, line); }
 
 struct F32 {
     using Number = float;
     using Factor = float;
     using Wide = F32;
-    static constexpr int kStep = W;
-    static Two load_lines(const float* w, int64_t ld) { return {load(w), load(w + ld)}; }
+    static constexpr int kStep = W, kParts = 2;
+    static f32 line(const float* w, int part) { return load(w + part * kTile); }
 };
 
 #if GEMEL_AVX512
 
-inline f32 multiply_add(const bf16* a, __m512bh lines, f32 sum) {
+inline __m512bh broadcast(const bf16* a, int) {
     int32_t pair;
     std::memcpy(&pair, a, sizeof pair);
-    return _mm512_dpbf16_ps(sum, lines, (__m512bh)_mm512_set1_epi32(pair));
+    return (__m512bh)_mm512_set1_epi32(pair);
 }
-inline void keep(__m512bh lines, bf16* out, int64_t) { _mm512_storeu_si512(out, (__m512i)lines); }
+inline void add_product(f32& sum, __m512bh x, __m512bh lines) { sum = _mm512_dpbf16_ps(sum, lines, x); }
+inline void keep(__m512bh lines, bf16* out, int) { _mm512_storeu_si512(out, (__m512i)lines); }
 
 struct Bf16 {
     using Number = bf16;
     using Factor = bf16;
     using Wide = Bf16;
-    static constexpr int kStep = 2 * W;
-    static __m512bh load_lines(const bf16* w, int64_t) { return (__m512bh)_mm512_loadu_si512(w); }
+    static constexpr int kStep = 2 * W, kParts = 1;
+    static __m512bh line(const bf16* w, int) { return (__m512bh)_mm512_loadu_si512(w); }
 };
 
 struct I8 {
     using Number = int8_t;
     using Factor = bf16;
     using Wide = Bf16;
-    static constexpr int kStep = W;
-    static __m512bh load_lines(const int8_t* w, int64_t ld) {  // up to 127 is exact in bf16: the lower half of the fp32 is zero
-        const __m512i first = _mm512_castps_si512(load_i8(w)), second = _mm512_castps_si512(load_i8(w + ld));
+    static constexpr int kStep = W, kParts = 1;
+    static __m512bh line(const int8_t* w, int) {  // up to 127 is exact in bf16: the lower half of the fp32 is zero
+        const __m512i first = _mm512_castps_si512(load_i8(w)), second = _mm512_castps_si512(load_i8(w + kTile));
         return (__m512bh)_mm512_or_si512(_mm512_srli_epi32(first, 16), second);
     }
 };
@@ -88,11 +84,9 @@ struct Bf16 {
     using Number = bf16;
     using Factor = float;
     using Wide = F32;
-    static constexpr int kStep = 2 * W;
-    static Two load_lines(const bf16* w, int64_t) {
-        Two lines;
-        load_pairs(w, lines.first, lines.second);
-        return lines;
+    static constexpr int kStep = 2 * W, kParts = 2;
+    static f32 line(const bf16* w, int part) {
+        return part ? load_second(w) : load_first(w);
     }
 };
 
@@ -100,8 +94,8 @@ struct I8 {
     using Number = int8_t;
     using Factor = float;
     using Wide = F32;
-    static constexpr int kStep = W;
-    static Two load_lines(const int8_t* w, int64_t ld) { return {load_i8(w), load_i8(w + ld)}; }
+    static constexpr int kStep = W, kParts = 2;
+    static f32 line(const int8_t* w, int part) { return load_i8(w + part * kTile); }
 };
 
 #endif
@@ -113,55 +107,84 @@ inline void store_factors(bf16* p, f32 v) { store_bf16(p, v); }
 
 // --- the kernel ----------------------------------------------------------------------------------------------------------------------
 
-// c[r][16 u ..+ 16) (+)= sum over k of a[r][k] * w[u][k][0..16). Line k of w begins at w + k * ldw; k is even.
+// Which lines a product sums over: [first, end), both even, of tiles with `length` lines each.
+struct Lines {
+    int first, end, length;
+};
+
+// c[r][16 u ..+ 16) = sum over lines i of a[r][i] * line i of column u, whose n-th tile is w[n * ldw + u].
+// Meanwhile the same parts of `ahead`, which are needed next, are fetched.
 template <class Format, int R, int U>
-void product(const typename Format::Factor* a, int64_t lda, const typename Format::Number* const* w, int64_t ldw, int k, float* c,
-             int64_t ldc, bool add) {
+[[gnu::noinline]] void product(const typename Format::Factor* a, int64_t lda, const typename Format::Number* const* w, int64_t ldw,
+             const typename Format::Number* const* ahead, Lines lines, float* c, int64_t ldc) {
     f32 sums[R][U * kVectors];
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-        for (int v = 0; v < U * kVectors; v++) sums[r][v] = add ? load(c + r * ldc + v * W) : zero();
+#pragma GCC unroll 16
+        for (int v = 0; v < U * kVectors; v++) sums[r][v] = zero();
     }
-    for (int i = 0; i < k; i += 2, a += 2) {
+    a += lines.first;
+    int tile = lines.first / lines.length, i = lines.first % lines.length;
+    for (int left = lines.end - lines.first; left > 0; tile++, i = 0) {
+        const typename Format::Number* const* from = w + tile * ldw;
+        const typename Format::Number* const* next = ahead + tile * ldw;
+        const int stop = std::min(lines.length, i + left);
+        left -= stop - i;
+        for (; i < stop; i += 2, a += 2) {
+#pragma GCC unroll 4
+            for (int u = 0; u < U; u++) __builtin_prefetch(next[u] + i * kTile);
+#pragma GCC unroll 2
+            for (int part = 0; part < Format::kParts; part++) {
+#pragma GCC unroll 4
+                for (int u = 0; u < U; u++) {
+                    decltype(Format::line(from[u], part)) line[kVectors];
+#pragma GCC unroll 4
+                    for (int v = 0; v < kVectors; v++) line[v] = Format::line(from[u] + i * kTile + v * Format::kStep, part);
 #pragma GCC unroll 8
-        for (int v = 0; v < U * kVectors; v++) {
-            const auto lines = Format::load_lines(w[v / kVectors] + i * ldw + v % kVectors * Format::kStep, ldw);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++) sums[r][v] = multiply_add(a + r * lda, lines, sums[r][v]);
+                    for (int r = 0; r < R; r++) {
+                        const auto x = broadcast(a + r * lda, part);
+#pragma GCC unroll 4
+                        for (int v = 0; v < kVectors; v++) add_product(sums[r][u * kVectors + v], x, line[v]);
+                    }
+                    asm volatile("" ::: "memory");  // or factors would be loaded ahead for all u, and sums pushed out of registers
+                }
+            }
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
+#pragma GCC unroll 16
         for (int v = 0; v < U * kVectors; v++) store(c + r * ldc + v * W, sums[r][v]);
     }
 }
 
-// As many tiles at a time as registers hold the sums of: with few rows, one tile's sums would wait for each other.
-constexpr int tiles_at_once(int rows) {
-    int tiles = 4;
-    while (tiles > 1 && rows * tiles * kVectors > kAccumulators) tiles /= 2;
-    return tiles;
-}
-
-template <class Format, int R>
-void products_of(const typename Format::Factor* a, int64_t lda, const typename Format::Number* const* w, int num_tiles, int64_t ldw, int k,
-                 float* c, int64_t ldc, bool add) {
-    constexpr int U = tiles_at_once(R);
-    int u = 0;
-    for (; u + U <= num_tiles; u += U) product<Format, R, U>(a, lda, w + u, ldw, k, c + u * kTile, ldc, add);
-    for (; u < num_tiles; u++) product<Format, R, 1>(a, lda, w + u, ldw, k, c + u * kTile, ldc, add);
+// As many columns at a time as registers hold the sums of: with few rows, the sums of one would wait for each other.
+constexpr int columns_at_once(int rows) {
+    int columns = 4;
+    while (columns > 1 && rows * columns * kVectors > kAccumulators) columns /= 2;
+    return columns;
 }
 
 template <class Format, int R = kMostRows>
-void products(int rows, const typename Format::Factor* a, int64_t lda, const typename Format::Number* const* w, int num_tiles, int64_t ldw,
-              int k, float* c, int64_t ldc, bool add) {
-    if (rows == R) return products_of<Format, R>(a, lda, w, num_tiles, ldw, k, c, ldc, add);
-    if constexpr (R > 1) products<Format, R - 1>(rows, a, lda, w, num_tiles, ldw, k, c, ldc, add);
+void products(int rows, const typename Format::Factor* a, int64_t lda, const typename Format::Number* const* w, int64_t ldw,
+              const typename Format::Number* const* ahead, int num_columns, Lines lines, float* c, int64_t ldc) {
+    if (rows != R) {
+        if constexpr (R > 1) products<Format, R - 1>(rows, a, lda, w, ldw, ahead, num_columns, lines, c, ldc);
+        return;
+    }
+    constexpr int U = columns_at_once(R);
+    int u = 0;
+    for (; u + U <= num_columns; u += U) product<Format, R, U>(a, lda, w + u, ldw, ahead + u, lines, c + u * kTile, ldc);
+    for (; u < num_columns; u++) product<Format, R, 1>(a, lda, w + u, ldw, ahead + u, lines, c + u * kTile, ldc);
 }
 
 template <class Format>
-const typename Format::Wide::Number* unpack(const typename Format::Number* w, int64_t ldw, int k, typename Format::Wide::Number* out) {
-    for (int i = 0; i < k; i += 2) {
-        for (int v = 0; v < ldw / W; v++) {
-            keep(Format::load_lines(w + i * ldw + v * Format::kStep, ldw), out + i * ldw + v * Format::Wide::kStep, ldw);
+const typename Format::Wide::Number* unpack(const typename Format::Number* w, int num_lines, typename Format::Wide::Number* out) {
+    for (int i = 0; i < num_lines; i += 2) {
+        for (int v = 0; v < kVectors; v++) {
+            for (int part = 0; part < Format::kParts; part++) {
+                keep(Format::line(w + i * kTile + v * Format::kStep, part), out + i * kTile + v * Format::Wide::kStep, part);
+            }
         }
     }
     return out;
@@ -238,9 +261,10 @@ class Queries {
         }
         parts.take(chunk_values_, most * columns_);
         parts.take(values_, most * columns_);
-        parts.take(unpacked_, int64_t{kTile} * std::max(width_, columns_));
+        parts.take(wide_, kUnpacks ? int64_t{kChunk} * (width_ + columns_) : 0);
         parts.take(heads_, most);
-        parts.take(extents_, most);
+        parts.take(sets_, most);
+        parts.take(value_table_, 3 * kTiles * columns_ / kTile);
         end_ = parts.end();
     }
 
@@ -248,6 +272,7 @@ class Queries {
 
     void take_rows(const Plan::Row* rows, int num_rows, const float* qkv, int64_t ld) {
         num_ = num_rows * context_.group;
+        end_position_ = 0;
         const float scale = kLog2E / std::sqrt(static_cast<float>(context_.head_width));
         for (int i = 0; i < num_; i++) {
             const Plan::Row& row = rows[i / context_.group];
@@ -256,28 +281,27 @@ class Queries {
             const float* slopes = context_.attention.slopes;
             heads_[i] = {context_.window > 0 ? std::max(0, row.position - context_.window + 1) : 0, row.position + 1,
                          slopes ? slopes[head] * kLog2E : 0.0f, Moments{}, Moments{}};
+            end_position_ = std::max(end_position_, row.position + 1);
         }
         std::fill_n(values_, int64_t{num_} * columns_, 0.0f);
         num_sets_ = (num_ + kMostRows - 1) / kMostRows;
+        for (int set = 0; set < num_sets_; set++) sets_[set] = {num_ * set / num_sets_, num_ * (set + 1) / num_sets_, {}};
     }
 
-    // What the queries get from one chunk, for `fold` or `leave`.
-    void look(const int32_t* blocks, int chunk) {
+    // What the queries get from one chunk, for `fold` or `leave`. Tiles of the chunk after it are fetched if it is `next`.
+    void look(const int32_t* blocks, int chunk, bool next) {
         start_ = chunk * kChunk;
         Extent all{kChunk, 0};
-        for (int set = 0; set < num_sets_; set++) {
-            extents_[set] = extent(set);
-            all = {std::min(all.first, extents_[set].first), std::max(all.end, extents_[set].end)};
+        for (Set* set = sets_; set < sets_ + num_sets_; set++) {
+            set->seen = extent(*set);
+            all = {std::min(all.first, set->seen.first), std::max(all.end, set->seen.end)};
         }
-        for (int t = all.first_tile(); t < all.end_tile(); t++) {
-            keys_[t] = context_.pages.keys(context_.attention.layer, blocks, context_.kv_head, start_ + t * kTile);
-            value_tiles_[t] = context_.pages.values(context_.attention.layer, blocks, context_.kv_head, start_ + t * kTile);
+        find(blocks, all, next);
+        if (kUnpacks && num_sets_ > 1) {
+            multiply_wide(all);
+        } else {
+            multiply<Format>(keys_, value_table_, ahead_of_keys_, value_table_ + kTiles * columns_ / kTile, all);
         }
-        score(all);
-        for (int set = 0; set < num_sets_; set++) {
-            for (int i = first_of(set); i < first_of(set + 1); i++) soften(extents_[set], heads_[i], scores_ + i * kChunk, factors_ + i * kChunk);
-        }
-        sum_values(all);
     }
 
     void fold() {
@@ -293,6 +317,7 @@ class Queries {
     using Factor = typename Format::Factor;
     using Number = typename Format::Number;
     using Wide = typename Format::Wide;
+    using WideNumber = typename Wide::Number;
     static constexpr bool kScaled = std::is_same_v<Format, I8>;
     static constexpr bool kUnpacks = !std::is_same_v<Format, Wide>;
 
@@ -306,57 +331,92 @@ class Queries {
         int first_tile() const { return first / kTile; }
         int end_tile() const { return (end + kTile - 1) / kTile; }
     };
-
-    // Queries are multiplied in sets of nearly the same size, at most kMostRows.
-    int first_of(int set) const { return static_cast<int>(int64_t{num_} * set / num_sets_); }
+    struct Set {  // queries that are multiplied together
+        int begin, end;
+        Extent seen;
+    };
 
     void scale_query(const float* from, float scale, Factor* to) const {
         for (int h = 0; h < width_; h++) to[h] = h < context_.head_width ? factor(from[h] * scale, to) : Factor{0};
     }
 
-    Extent extent(int set) const {
+    Extent extent(const Set& set) const {
         Extent seen{kChunk, 0};
-        for (int i = first_of(set); i < first_of(set + 1); i++) {
+        for (int i = set.begin; i < set.end; i++) {
             const int first = std::max(0, heads_[i].first - start_), end = std::min(kChunk, heads_[i].end - start_);
             if (first < end) seen = {std::min(seen.first, first), std::max(seen.end, end)};
         }
         return seen;
     }
 
-    // Of one tile for many queries: all its numbers made wide once. For few: as they are.
-    template <class Body>
-    void with_lines(const Number* tile, int64_t ldw, int k, const Body& body) {
-        if constexpr (kUnpacks) {
-            if (num_sets_ > 1) return body(Wide{}, unpack<Format>(tile, ldw, k, unpacked_));
+    // Where the tiles of the chunk lie, and what to fetch while each is multiplied: the values of the same tokens during scores, keys of the
+    // next chunk during values.
+    void find(const int32_t* blocks, const Extent& all, bool next) {
+        const int layer = context_.attention.layer, num_columns = columns_ / kTile;
+        const Number** ahead_of_values = value_table_ + kTiles * num_columns;
+        for (int t = all.first_tile(); t < all.end_tile(); t++) {
+            const int64_t token = start_ + t * kTile, token_ahead = token + kChunk;
+            key_tiles_[t] = context_.pages.keys(layer, blocks, context_.kv_head, token);
+            value_tiles_[t] = context_.pages.values(layer, blocks, context_.kv_head, token);
+            keys_[t] = reinterpret_cast<const Number*>(key_tiles_[t]);
+            ahead_of_keys_[t] = reinterpret_cast<const Number*>(value_tiles_[t]);
+            const char* ahead = value_tiles_[t];
+            if (next && token_ahead < end_position_) ahead = context_.pages.keys(layer, blocks, context_.kv_head, token_ahead);
+            for (int u = 0; u < num_columns; u++) {
+                value_table_[t * num_columns + u] = reinterpret_cast<const Number*>(value_tiles_[t]) + u * kTile * kTile;
+                ahead_of_values[t * num_columns + u] = reinterpret_cast<const Number*>(ahead) + u * kTile * kTile;
+            }
         }
-        body(Format{}, tile);
     }
 
-    void score(const Extent& all) {
-        if (num_sets_ == 1) {
-            const int first = all.first_tile();
-            const Number* tiles[kTiles];
-            for (int t = first; t < all.end_tile(); t++) tiles[t] = reinterpret_cast<const Number*>(keys_[t]);
-            products<Format>(num_, queries_, width_, tiles + first, all.end_tile() - first, kTile, width_, scores_ + first * kTile, kChunk,
-                             false);
-            return;
-        }
+    // With many queries numbers are made wide once, not once for every set.
+    void multiply_wide(const Extent& all) {
+        const int num_columns = columns_ / kTile;
+        const WideNumber* keys[kTiles];
+        const WideNumber** values = reinterpret_cast<const WideNumber**>(value_table_ + 2 * kTiles * num_columns);
         for (int t = all.first_tile(); t < all.end_tile(); t++) {
-            with_lines(reinterpret_cast<const Number*>(keys_[t]), kTile, width_, [&](auto format, const auto* tile) {
-                for (int set = 0; set < num_sets_; set++) {
-                    if (t < extents_[set].first_tile() || t >= extents_[set].end_tile()) continue;
-                    const int i = first_of(set);
-                    products<decltype(format)>(first_of(set + 1) - i, queries_ + int64_t{i} * width_, width_, &tile, 1, kTile, width_,
-                                               scores_ + i * kChunk + t * kTile, kChunk, false);
-                }
-            });
+            keys[t] = unpack<Format>(keys_[t], width_, wide_ + t * kTile * width_);
+            for (int u = 0; u < num_columns; u++) {
+                const int panel = width_ * kChunk + (u * kTiles + t) * kTile * kTile;
+                values[t * num_columns + u] = unpack<Format>(value_table_[t * num_columns + u], kTile, wide_ + panel);
+            }
+        }
+        multiply<Wide>(keys, values, keys, values, all);
+    }
+
+    template <class Kept>
+    using Tiles = const typename Kept::Number* const*;
+
+    template <class Kept>
+    void multiply(Tiles<Kept> keys, Tiles<Kept> values, Tiles<Kept> ahead_of_keys, Tiles<Kept> ahead_of_values, const Extent& all) {
+        const int num_columns = columns_ / kTile, at_once = num_sets_ > 1 ? columns_at_once(kMostRows) : 1 << 20;
+        for (int begin = all.first_tile(), end; begin < all.end_tile(); begin = end) {
+            end = std::min(all.end_tile(), begin + std::min(at_once, kTiles));
+            for (const Set* set = sets_; set < sets_ + num_sets_; set++) {
+                const int t = std::max(begin, set->seen.first_tile()), num_tiles = std::min(end, set->seen.end_tile()) - t;
+                if (num_tiles <= 0) continue;
+                products<Kept>(set->end - set->begin, queries_ + int64_t{set->begin} * width_, width_, keys + t, 0, ahead_of_keys + t, num_tiles,
+                               {0, width_, width_}, scores_ + set->begin * kChunk + t * kTile, kChunk);
+            }
+        }
+        for (const Set* set = sets_; set < sets_ + num_sets_; set++) {
+            for (int i = set->begin; i < set->end; i++) soften(set->seen, heads_[i], scores_ + i * kChunk, factors_ + i * kChunk);
+        }
+        for (int u = 0; u < num_columns; u += std::min(at_once, num_columns)) {
+            for (const Set* set = sets_; set < sets_ + num_sets_; set++) {
+                if (set->seen.end <= set->seen.first) continue;
+                // Only tokens that were written, and the zeros that complete a pair.
+                products<Kept>(set->end - set->begin, factors_ + set->begin * kChunk, kChunk, values + u, num_columns, ahead_of_values + u,
+                               std::min(at_once, num_columns - u), {set->seen.first & ~1, (set->seen.end + 1) & ~1, kTile},
+                               chunk_values_ + int64_t{set->begin} * columns_ + u * kTile, columns_);
+            }
         }
     }
 
     // One query's scores of a part of the chunk become factors of values.
-    void soften(const Extent& extent, Head& head, float* scores, Factor* factors) {
-        const int from = extent.first_tile() * kTile, to = std::max(from, extent.end_tile() * kTile);
-        if (kScaled || context_.attention.slopes) adjust(extent, head, scores);
+    void soften(const Extent& seen, Head& head, float* scores, Factor* factors) {
+        const int from = seen.first_tile() * kTile, to = std::max(from, seen.end_tile() * kTile);
+        if (kScaled || context_.attention.slopes) adjust(from, to, head, scores);
         std::fill(scores + from, scores + std::min(std::max(head.first - start_, from), to), kNothing);
         std::fill(scores + std::max(std::min(head.end - start_, to), from), scores + to, kNothing);
         f32 most = set1(kNothing);
@@ -374,53 +434,29 @@ class Queries {
     }
 
     // Scores get what was left out of the product: the scales of keys, and ALiBi's penalty of distance.
-    void adjust(const Extent& extent, const Head& head, float* scores) const {
+    void adjust(int from, int to, const Head& head, float* scores) const {
         static const float kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        for (int i = extent.first_tile() * kTile; i < extent.end_tile() * kTile; i += W) {
+        for (int i = from; i < to; i += W) {
             f32 score = load(scores + i);
-            if constexpr (kScaled) score = mul(score, load(context_.pages.key_scales(keys_[i / kTile]) + i % kTile));
+            if constexpr (kScaled) score = mul(score, load(context_.pages.key_scales(key_tiles_[i / kTile]) + i % kTile));
             const f32 distance = add(set1(static_cast<float>(start_ + i - (head.end - 1))), load(kCount));
             if (context_.attention.slopes) score = fma(set1(head.slope), distance, score);
             store(scores + i, score);
         }
     }
 
-    void sum_values(const Extent& all) {
-        for (int t = all.first_tile(); t < all.end_tile(); t++) {
-            with_lines(reinterpret_cast<const Number*>(value_tiles_[t]), columns_, kTile, [&](auto format, const auto* tile) {
-                for (int set = 0; set < num_sets_; set++) {
-                    // Only tokens that were written, and the zeros that complete a pair.
-                    const int first = std::max(extents_[set].first - t * kTile, 0) & ~1;
-                    const int end = (std::min(extents_[set].end - t * kTile, kTile) + 1) & ~1;
-                    if (first < end) sum_lines(format, set, t, tile + first * columns_, first, end);
-                }
-            });
-        }
-    }
-
-    // Adds lines [first, end) of a tile, weighted.
-    template <class Lines>
-    void sum_lines(Lines, int set, int t, const typename Lines::Number* lines, int first, int end) {
-        constexpr int kMost = 4;
-        const int i = first_of(set), num = first_of(set + 1) - i;
-        for (int column = 0; column < columns_; column += kMost * kTile) {
-            const typename Lines::Number* tiles[kMost];
-            for (int u = 0; u < kMost; u++) tiles[u] = lines + (column / kTile + u) * kVectors * Lines::kStep;
-            products<Lines>(num, factors_ + i * kChunk + t * kTile + first, kChunk, tiles, std::min(kMost, (columns_ - column) / kTile),
-                            columns_, end - first, chunk_values_ + int64_t{i} * columns_ + column, columns_, t > extents_[set].first_tile());
-        }
-    }
-
     const Context context_;
     const int width_, columns_;
-    int num_ = 0, num_sets_ = 0, start_ = 0;
+    int num_ = 0, num_sets_ = 0, start_ = 0, end_position_ = 0;
     Factor *queries_, *factors_;
     float *scores_, *chunk_values_, *values_;
-    typename Wide::Number* unpacked_;
+    WideNumber* wide_;
     Head* heads_;
-    Extent* extents_;
+    Set* sets_;
     int64_t end_;
-    char *keys_[kTiles], *value_tiles_[kTiles];  // of the chunk
+    char *key_tiles_[kTiles], *value_tiles_[kTiles];  // of the chunk
+    const Number *keys_[kTiles], *ahead_of_keys_[kTiles];
+    const Number** value_table_;  // [tile, columns / 16]; the same of what to fetch ahead; the same of what was unpacked
 };
 
 // A partial result is the values of one head, then its moments.
@@ -481,7 +517,7 @@ void Plan::attend_as(const gemel_attention& attention, const float* qkv, int64_t
             const Row* rows = rows_.data() + piece.first_row + begin;
             const int num_rows = std::min(at_once, piece.num_rows - begin), num = num_rows * group_;
             if (chunk == piece.first_chunk || piece.num_rows > at_once) queries.take_rows(rows, num_rows, qkv, ld);
-            queries.look(piece.blocks, chunk);
+            queries.look(piece.blocks, chunk, chunk + 1 < piece.end_chunk);
             if (piece.whole) {
                 queries.fold();
                 continue;

@@ -13,50 +13,82 @@
 #include "norm.h"
 #include "products.h"
 #include "threads.h"
+#include "unpacked.h"
 
 namespace gemel {
 namespace {
 
-constexpr int kBlockRows = 96;               // of a block
 constexpr int kBlockPanels = 4;              // of a block
 constexpr int kStretchBytes = 16 * 1024;     // of a panel, half of a small first-level cache
+#if GEMEL_AVX2
+constexpr bool kWide = true;                 // activations are wanted in 16 bits too
+#else
+constexpr bool kWide = false;
+#endif
 constexpr int kWidenedRows = 3;              // up to here weights are widened in registers, above into memory
 constexpr int kWidened = kStretchBytes / 4 / NR;  // places along k that are widened into memory at once
 
-// One block: `rows` rows from `row` on times `panels` panels from `panel` on. Sums: [panel][row][NR].
+// Bytes that will be wanted soon.
+struct Ahead {
+    const uint8_t* from;
+    int64_t bytes;
+
+    // Orders the memory to bring part `part` of `parts`.
+    void fetch(int part, int parts) const {
+        for (const uint8_t *p = from + bytes * part / parts, *end = from + bytes * (part + 1) / parts; p < end; p += 64) __builtin_prefetch(p, 0, 2);
+    }
+};
+
+// The same tiles, and meanwhile what lies ahead is fetched.
+template <int most, class Work>
+inline void in_tiles(int rows, const Ahead& ahead, const Work& work) {
+    const int tiles = (rows + most - 1) / most;
+    int tile = 0;
+    gemel::in_tiles<most>(rows, [&](auto n, int row) {
+        ahead.fetch(tile++, tiles);
+        work(n, row);
+    });
+}
+
+// One block: `rows` rows from `row` on times `panels` panels, `apart` from one another, from `panel` on. Sums: [panel][row][NR].
 struct Block {
     const gemel_weight& weight;
     const Activations& x;
-    int row, rows, panel, panels;
+    int row, rows, panel, panels, apart;
     float* sums;
 
     float* at(int p, int r) const { return sums + (static_cast<int64_t>(p) * rows + r) * NR; }
 
-    // How far along k a stretch goes.
+    // How far along k a stretch goes if tiles have up to `most_rows` rows: stretches are about equally long.
     int stretch(int most_rows) const {
-        if (rows <= most_rows) return weight.k;
         const int unit = weight.format == GEMEL_I4 ? 128 : kGroup;
-        return static_cast<int>(kStretchBytes / bytes_along(weight, unit) * unit);
+        if (rows <= most_rows) return weight.k;
+        const int units = (weight.k + unit - 1) / unit, most = static_cast<int>(kStretchBytes / bytes_along(weight, unit));
+        const int stretches = (units + most - 1) / most;
+        return (units + stretches - 1) / stretches * unit;
     }
 
     template <class Work>
-    void along_k(int most_rows, const Work& work) const {
-        const int step = stretch(most_rows);
+    void along_k(int step, const Work& work) const {
         for (int from = 0; from < weight.k; from += step) {
             const int k = from + step < weight.k ? step : weight.k - from;
-            for (int p = 0; p < panels; p++) work(p, from, k);
+            for (int p = 0; p < panels; p++) {
+                const bool last = p + 1 == panels;
+                const Ahead ahead{panel_at(weight, panel + (last ? 0 : p + 1), last ? from + k : from), bytes_along(weight, k)};
+                work(p, from, k, ahead);
+            }
         }
     }
 
     void f32() const {
         const float* a = x.f32 + row * x.ld;
-        if (rows == 1) return several([&](auto n, int p, int64_t next) {
-            const auto* w = reinterpret_cast<const float*>(panel_at(weight, panel + p, 0));
-            tile_f32<1, n>(a, x.ld, w, NR, weight.k, at(p, 0), NR, false, next / 4);
+        if (rows == 1) return together([&](auto n, int64_t next) {
+            const auto* w = reinterpret_cast<const float*>(panel_at(weight, panel, 0));
+            tile_f32<1, n>(a, x.ld, w, NR, weight.k, at(0, 0), NR, false, next / 4);
         });
-        along_k(kRows, [&](int p, int from, int k) {
-            const auto* w = reinterpret_cast<const float*>(panel_at(weight, panel + p, from));
-            in_tiles<kRows>(rows, [&](auto n, int r) { tile_f32<n>(a + r * x.ld + from, x.ld, w, NR, k, at(p, r), NR, from > 0); });
+        along_k(stretch(kRows), [&](int p, int from, int k, const Ahead& ahead) {
+            const auto* w = reinterpret_cast<const float*>(panel_at(weight, panel + p * apart, from));
+            in_tiles<kRows>(rows, ahead, [&](auto n, int r) { tile_f32<n>(a + r * x.ld + from, x.ld, w, NR, k, at(p, r), NR, from > 0); });
         });
     }
 
@@ -66,53 +98,82 @@ struct Block {
 #else
         const bf16_act* a = x.f32 + row * x.ld;
 #endif
-        if (rows == 1) return several([&](auto n, int p, int64_t next) {
-            const auto* w = reinterpret_cast<const gemel::bf16*>(panel_at(weight, panel + p, 0));
-            tile_bf16<1, n>(a, x.ld, w, 2 * NR, weight.k, at(p, 0), NR, false, next / 2);
+        if (rows == 1) return together([&](auto n, int64_t next) {
+            const auto* w = reinterpret_cast<const gemel::bf16*>(panel_at(weight, panel, 0));
+            tile_bf16<1, n>(a, x.ld, w, 2 * NR, weight.k, at(0, 0), NR, false, next / 2);
         });
-        along_k(kRows, [&](int p, int from, int k) {
-            const auto* w = reinterpret_cast<const gemel::bf16*>(panel_at(weight, panel + p, from));
-            in_tiles<kRows>(rows, [&](auto n, int r) { tile_bf16<n>(a + r * x.ld + from, x.ld, w, 2 * NR, k, at(p, r), NR, from > 0); });
+        along_k(stretch(kRows), [&](int p, int from, int k, const Ahead& ahead) {
+            const auto* w = reinterpret_cast<const gemel::bf16*>(panel_at(weight, panel + p * apart, from));
+            in_tiles<kRows>(rows, ahead, [&](auto n, int r) { tile_bf16<n>(a + r * x.ld + from, x.ld, w, 2 * NR, k, at(p, r), NR, from > 0); });
         });
     }
 
-    // Panels in fours where there are four, else one by one.
+    // One row goes through all panels at once: work(Count<panels>, bytes from one to the next).
     template <class Work>
-    void several(const Work& work) const {
-        int p = 0;
-        for (; p + 4 <= panels; p += 4) work(Count<4>{}, p, panel_bytes(weight));
-        for (; p < panels; p++) work(Count<1>{}, p, 0);
+    void together(const Work& work) const {
+        with_count<kBlockPanels>(panels, [&](auto n) { work(n, apart * panel_bytes(weight)); });
     }
 
     Rounded rounded(int r, int from) const {
         const int64_t groups = weight.k / kGroup, at = (row + r) * groups + from / kGroup;
-        return {x.q + (row + r) * x.ld + from, x.scale + at, x.sum + at, x.start + at, x.ld, groups};
+        const int64_t first = (row + r) * x.ld + from;
+        return {x.q + first, x.wide ? x.wide + first : nullptr, x.scale + at, x.sum + at, x.start + at, x.ld, groups};
     }
 
-    void i8() const {
-        along_k(kIntegerRows, [&](int p, int from, int k) {
-            const uint8_t* w = panel_at(weight, panel + p, from);
-            in_tiles<kIntegerRows>(rows, [&](auto n, int r) {
-                if (weight.group) {
-                    tile_i8<n, true>(rounded(r, from), w, k, at(p, r), from > 0);
-                } else {
-                    tile_i8<n, false>(rounded(r, from), w, k, at(p, r), from > 0);
-                }
+#if GEMEL_AVX2
+    template <class Numbers>
+    void unpacked() const {
+        Unpacked w;
+        along_k(kUnpackedAlong, [&](int p, int from, int k, const Ahead& ahead) {
+            unpack<Numbers>(weight, panel_at(weight, panel + p * apart, from), k, w);
+            in_tiles<kUnpackedRows>(rows, ahead, [&](auto n, int r) {
+                const auto tile = !weight.group   ? tile_unpacked<Numbers, n, false, false>
+                                  : weight.minima ? tile_unpacked<Numbers, n, true, true>
+                                                  : tile_unpacked<Numbers, n, true, false>;
+                tile(rounded(r, from), w, k, at(p, r), from > 0);
             });
         });
+    }
+#endif
+
+    void i8() const {
+#if GEMEL_AVX2
+        if (rows >= kUnpackedFrom) return unpacked<Pairs>();
+#endif
+        if (rows == 1) return together([&](auto n, int64_t next) { i8_tile<1, n>(0, next, 0, 0, weight.k); });
+        along_k(stretch(kIntegerRows), [&](int p, int from, int k, const Ahead& ahead) {
+            in_tiles<kIntegerRows>(rows, ahead, [&](auto n, int r) { i8_tile<n, 1>(p, 0, r, from, k); });
+        });
+    }
+
+    template <int R, int P>
+    void i8_tile(int p, int64_t next, int r, int from, int k) const {
+        const uint8_t* w = panel_at(weight, panel + p * apart, from);
+        if (weight.group) {
+            tile_i8<R, P, true>(rounded(r, from), w, next, k, at(p, r), from > 0);
+        } else {
+            tile_i8<R, P, false>(rounded(r, from), w, next, k, at(p, r), from > 0);
+        }
     }
 
     void i4() const {
-        along_k(kIntegerRows, [&](int p, int from, int k) {
-            const uint8_t* w = panel_at(weight, panel + p, from);
-            in_tiles<kIntegerRows>(rows, [&](auto n, int r) {
-                if (weight.minima) {
-                    tile_i4<n, true>(rounded(r, from), w, weight.group, k, at(p, r), from > 0);
-                } else {
-                    tile_i4<n, false>(rounded(r, from), w, weight.group, k, at(p, r), from > 0);
-                }
-            });
+#if GEMEL_AVX2
+        if (rows >= kUnpackedFrom) return unpacked<Quads>();
+#endif
+        if (rows == 1) return together([&](auto n, int64_t next) { i4_tile<1, n>(0, next, 0, 0, weight.k); });
+        along_k(stretch(kIntegerRows), [&](int p, int from, int k, const Ahead& ahead) {
+            in_tiles<kIntegerRows>(rows, ahead, [&](auto n, int r) { i4_tile<n, 1>(p, 0, r, from, k); });
         });
+    }
+
+    template <int R, int P>
+    void i4_tile(int p, int64_t next, int r, int from, int k) const {
+        const uint8_t* w = panel_at(weight, panel + p * apart, from);
+        if (weight.minima) {
+            tile_i4<R, P, true>(rounded(r, from), w, next, weight.group, k, at(p, r), from > 0);
+        } else {
+            tile_i4<R, P, false>(rounded(r, from), w, next, weight.group, k, at(p, r), from > 0);
+        }
     }
 
     // Low-bit weights times fp32 activations: the weights are widened first.
@@ -126,11 +187,11 @@ struct Block {
         for (int p = 0; p < panels; p++) {
             for (int from = 0; from < weight.k; from += kWidened) {
                 const int k = from + kWidened < weight.k ? kWidened : weight.k - from;
-                widen(weight, panel + p, from, k, [&](int i, gemel::f32 left, gemel::f32 right) {
+                widen(weight, panel + p * apart, from, k, [&](int i, gemel::f32 left, gemel::f32 right) {
                     store(w + i * NR, left);
                     store(w + i * NR + W, right);
                 });
-                in_tiles<kRows>(rows, [&](auto n, int r) { tile_f32<n>(a + r * x.ld + from, x.ld, w, NR, k, at(p, r), NR, from > 0); });
+                in_tiles<kRows>(rows, Ahead{nullptr, 0}, [&](auto n, int r) { tile_f32<n>(a + r * x.ld + from, x.ld, w, NR, k, at(p, r), NR, from > 0); });
             }
         }
     }
@@ -139,7 +200,7 @@ struct Block {
     void widened_in_registers(const float* a, int p) const {
         gemel::f32 left[R], right[R];
         for (int r = 0; r < R; r++) left[r] = right[r] = zero();
-        widen(weight, panel + p, 0, weight.k, [&](int i, gemel::f32 w0, gemel::f32 w1) {
+        widen(weight, panel + p * apart, 0, weight.k, [&](int i, gemel::f32 w0, gemel::f32 w1) {
             for (int r = 0; r < R; r++) {
                 const gemel::f32 v = set1(a[r * x.ld + i]);
                 left[r] = fma(v, w0, left[r]);
@@ -187,7 +248,7 @@ void finish(const Block& block, int epilogue, float* y, int64_t ldy) {
     const bool scaled = weight.format == GEMEL_I8 && !weight.group && weight.quantize;
     const int half = weight.n / 2;
     for (int p = 0; p < block.panels; p++) {
-        const int panel = block.panel + p;
+        const int panel = block.panel + p * block.apart;
         const int column0 = weight.paired ? panel * W : panel * NR, column1 = weight.paired ? half + column0 : column0 + W;
         const int count0 = between((weight.paired ? half : weight.n) - column0, W), count1 = between(weight.n - column1, W);
         f32 scale0 = set1(1.0f), scale1 = scale0, bias0 = zero(), bias1 = bias0;
@@ -224,7 +285,7 @@ int64_t stride(int k) { return ((k + 63) / 64 | 1) * 64; }
 int64_t activation_bytes(Form form, int k, int rows) {
     if (form == Form::f32) return 0;
     const int64_t elements = rows * stride(k), groups = static_cast<int64_t>(rows) * (k / kGroup);
-    return form == Form::bf16 ? elements * 2 : elements + groups * 12;
+    return form == Form::bf16 ? elements * 2 : elements * (kWide ? 3 : 1) + groups * 12;
 }
 
 Activations arrange(Form form, int k, int rows, void* memory) {
@@ -234,7 +295,8 @@ Activations arrange(Form form, int k, int rows, void* memory) {
     if (form == Form::i8) {
         const int64_t groups = static_cast<int64_t>(rows) * (k / kGroup);
         x.q = static_cast<int8_t*>(memory);
-        x.scale = reinterpret_cast<float*>(x.q + rows * x.ld);
+        if (kWide) x.wide = reinterpret_cast<int16_t*>(x.q + rows * x.ld);
+        x.scale = reinterpret_cast<float*>(x.q + rows * x.ld * (kWide ? 3 : 1));
         x.sum = x.scale + groups;
         x.start = reinterpret_cast<int32_t*>(x.sum + groups);
     }
@@ -258,6 +320,9 @@ void prepare_row(const gemel_weight& weight, const float* x, const Activations& 
         const float most = largest(size);
         const bool vanishes = most < 1e-30f;  // 127 / most would overflow; nothing that small reaches a sum
         const int32_t total = round_group(x, vanishes ? 0.0f : 127.0f / most, into.q + row * into.ld + g * kGroup);
+#if GEMEL_AVX2
+        if (weight.format == GEMEL_I8) widen_group(into.q + row * into.ld + g * kGroup, into.wide + row * into.ld + g * kGroup);
+#endif
         const int64_t at = static_cast<int64_t>(row) * groups + g;
         into.scale[at] = vanishes ? 0.0f : most / 127.0f;
         into.sum[at] = into.scale[at] * static_cast<float>(total);
@@ -271,13 +336,19 @@ void multiply(const gemel_weight& weight, const Activations& x, int row0, int ro
               int64_t ldy) {
     alignas(64) float sums[kBlockRows * kBlockPanels * NR];
     for (int row = row0; row < row1; row += kBlockRows) {
-        const int rows = row1 - row < kBlockRows ? row1 - row : kBlockRows;
-        for (int panel = panel0; panel < panel1; panel += kBlockPanels) {
-            const int panels = panel1 - panel < kBlockPanels ? panel1 - panel : kBlockPanels;
-            const Block block{weight, x, row, rows, panel, panels, sums};
+        const int rows = std::min(kBlockRows, row1 - row);
+        const auto block = [&](int panel, int panels, int apart) {
+            const Block block{weight, x, row, rows, panel, panels, apart, sums};
             block.multiply();
             finish(block, epilogue, y + row * ldy, ldy);
+        };
+        int panel = panel0;
+        if (rows == 1) {  // memory is fastest where panels are read side by side from places far apart
+            const int apart = (panel1 - panel0) / kBlockPanels;
+            for (; panel < panel0 + apart; panel++) block(panel, kBlockPanels, apart);
+            panel = panel0 + apart * kBlockPanels;
         }
+        for (; panel < panel1; panel += kBlockPanels) block(panel, std::min(kBlockPanels, panel1 - panel), 1);
     }
 }
 

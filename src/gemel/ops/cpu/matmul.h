@@ -17,6 +17,7 @@ struct Activations {
     const float* f32 = nullptr;  // [rows, ld]
     bf16* b16 = nullptr;         // [rows, ld]
     int8_t* q = nullptr;         // [rows, ld], rounded to whole numbers of `scale`
+    int16_t* wide = nullptr;     // [rows, ld], the same in 16 bits, for 8-bit weights and where kernels want it
     float* scale = nullptr;      // [rows, k / 32]
     float* sum = nullptr;        // [rows, k / 32]: scale times the sum of the group's q
     int32_t* start = nullptr;    // [rows, k / 32]: where whole sums begin, so that an offset of the weights cancels
@@ -29,6 +30,8 @@ Activations arrange(Form form, int k, int rows, void* memory);
 
 // Bring one row into the form of this weight (and of no other). x [k]. Nothing to do for fp32.
 void prepare_row(const gemel_weight& weight, const float* x, const Activations& into, int row);
+
+constexpr int kBlockRows = 96;  // what `multiply` takes at once; callers that cut rows do it in multiples
 
 int num_panels(const gemel_weight& weight);  // of NR columns each (paired: W pairs), the last one perhaps partly empty
 

@@ -27,30 +27,34 @@ void write_keys(bf16* tile, int width, int from, int count, const float* k, int6
 }
 
 void write_values(float* tile, int width, int columns, int from, int count, const float* v, int64_t ld) {
-    for (int t = 0; t < count; t++) std::memcpy(tile + (from + t) * columns, v + t * ld, sizeof(float) * static_cast<size_t>(width));
-    if ((from + count) & 1) std::fill_n(tile + (from + count) * columns, columns, 0.0f);
+    for (int column = 0; column < columns; column += kTile, tile += kTile * kTile) {
+        const auto bytes = sizeof(float) * static_cast<size_t>(std::min(kTile, width - column));
+        for (int t = 0; t < count; t++) std::memcpy(tile + (from + t) * kTile, v + t * ld + column, bytes);
+        if ((from + count) & 1) std::fill_n(tile + (from + count) * kTile, kTile, 0.0f);
+    }
 }
 
-void write_values(bf16* tile, int width, int columns, int from, int count, const float* v, int64_t ld) {
+void write_values(bf16* tile, int width, int, int from, int count, const float* v, int64_t ld) {
     for (int pair = from / 2; pair <= (from + count - 1) / 2; pair++) {
         const int first = 2 * pair - from, second = first + 1;  // rows of v
-        bf16* line = tile + pair * 2 * columns;
         for (int h = 0; h < width; h++) {
-            if (first >= 0) line[2 * h] = to_bf16(v[first * ld + h]);
-            line[2 * h + 1] = second < count ? to_bf16(v[second * ld + h]) : bf16{0};
+            bf16* both = tile + h / kTile * kTile * kTile + (pair * kTile + h % kTile) * 2;
+            if (first >= 0) both[0] = to_bf16(v[first * ld + h]);
+            both[1] = second < count ? to_bf16(v[second * ld + h]) : bf16{0};
         }
     }
 }
 
 // Rounds to 127 steps of the largest; returns the step. One element that is not finite spoils the token, as it would in floating point.
-float quantize(const float* x, int width, int8_t* out, int stride) {
+template <class Place>
+float quantize(const float* x, int width, const Place& place) {
     float largest = 0.0f, poison = 0.0f;
     for (int h = 0; h < width; h++) {
         largest = std::max(largest, std::fabs(x[h]));
         poison += x[h] * 0.0f;
     }
     const float factor = largest > 0.0f && poison == 0.0f ? 127.0f / largest : 0.0f;
-    for (int h = 0; h < width; h++) out[h * stride] = poison == 0.0f ? static_cast<int8_t>(std::lrintf(x[h] * factor)) : int8_t{0};
+    for (int h = 0; h < width; h++) place(h) = poison == 0.0f ? static_cast<int8_t>(std::lrintf(x[h] * factor)) : int8_t{0};
     return largest / 127.0f + poison;
 }
 
@@ -70,8 +74,11 @@ void Pages::write(int layer, const int32_t* blocks, int head, int64_t token, int
         auto *key_numbers = reinterpret_cast<int8_t*>(key_tile), *value_numbers = reinterpret_cast<int8_t*>(value_tile);
         float *key_scale = key_scales(key_tile), *value_scale = value_scales(value_tile);
         for (int t = 0; t < count; t++) {
-            key_scale[from + t] = quantize(k + t * ld, pages_.width, key_numbers + from + t, kTile);
-            value_scale[from + t] = quantize(v + t * ld, pages_.width, value_numbers + (from + t) * columns_, 1);
+            int8_t *key_line = key_numbers + from + t, *value_line = value_numbers + (from + t) * kTile;
+            key_scale[from + t] = quantize(k + t * ld, pages_.width, [&](int h) -> int8_t& { return key_line[h * kTile]; });
+            value_scale[from + t] = quantize(v + t * ld, pages_.width, [&](int h) -> int8_t& {
+                return value_line[h / kTile * kTile * kTile + h % kTile];
+            });
         }
         if ((from + count) & 1) value_scale[from + count] = 0.0f;
     }

@@ -1,15 +1,13 @@
 // Where keys and values lie: pages, one per layer, block and kv head, in tiles of 16 tokens, in the order in which products read them.
 //
-// A key tile has the tokens side by side, one line per element, so that the scores of 16 tokens are vectors; a value tile has the elements
-// side by side, one line per token. Lines come in pairs, because bf16 products take two at a time:
+// Both kinds of tile are made of lines of 16 numbers, and a product goes from line to line:
 //
-//             key tile                 value tile
-//     F32     [width][16]              [16][columns]
-//     BF16    [width / 2][16][2]       [8][columns][2]
-//     I8      [width][16], scales      [16][columns], scales      one fp32 scale per token and head
+//     key tile      [width][16]             a line per element, its numbers those of 16 tokens: scores of 16 tokens are vectors
+//     value tile    [columns / 16][16][16]  for every 16 columns a line per token
 //
-// `width` is rounded up to a multiple of 2 here and `columns` to one of 16. What was never written is never used, with one exception that
-// writing takes care of: the partner of a pair's only token reads as zero.
+// In BF16 two lines lie interleaved, [..., lines / 2][16][2], because products take pairs. In I8 the tile is followed by 16 fp32 scales, one
+// per token. `width` is rounded up to a multiple of 2 here and `columns` to one of 16. What was never written is never used, with one
+// exception that writing takes care of: where a pair of tokens has only its first, the second reads as zero.
 #pragma once
 
 #include "gemel.h"

@@ -211,90 +211,106 @@ inline int32_t round_group(const float* x, float factor, int8_t* q) {
 // Rows of rounded activations, from some place along k on.
 struct Rounded {
     const int8_t* q;       // [rows, ld]
+    const int16_t* wide;   // [rows, ld], the same, or nothing where no kernel wants it
     const float* scale;    // [rows, groups]
     const float* sum;      // [rows, groups]: scale times the sum of the group's q
     const int32_t* start;  // [rows, groups]: where whole sums begin: minus what the weights' offset adds to them
     int64_t ld, groups;
 };
 
-// One or all groups of 32 along k of one row times one panel is c = fma(whole sum, scale of the weights * scale of the row, c); scales per
-// row of the weight are left to the epilogue. k counts elements; c [R][NR], added to what is there if `add`.
-template <int R, bool scaled>
-inline void tile_i8(const Rounded& x, const uint8_t* w, int k, float* c, bool add) {
-    if (!add) std::memset(c, 0, sizeof(float) * R * NR);
+// k elements of R rows times P panels, which begin `next` bytes apart in w and R * NR apart in c [P][R][NR]. Each group of 32 is one step:
+// c = fma(whole sum, scale of the weights * scale of the row, c). Scales per row of the weight are left to the epilogue.
+template <int R, int P, bool scaled>
+[[gnu::noinline]] void tile_i8(const Rounded& x, const uint8_t* w, int64_t next, int k, float* c, bool add) {
+    if (!add) std::memset(c, 0, sizeof(float) * P * R * NR);
     for (int g = 0; g < k / kGroup; g++) {
-        f32 scale0 = zero(), scale1 = zero();
-        if (scaled) {
-            scale0 = load_fp16(reinterpret_cast<const fp16*>(w));
-            scale1 = load_fp16(reinterpret_cast<const fp16*>(w) + W);
-            w += 2 * NR;
+        const fp16* head = reinterpret_cast<const fp16*>(w);
+        if (scaled) w += 2 * NR;
+        Sum left[P][R], right[P][R];
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) left[p][r] = right[p][r] = begin(x.start[r * x.groups + g]);
         }
-        Sum left[R], right[R];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) left[r] = right[r] = begin(x.start[r * x.groups + g]);
+#pragma GCC unroll 1
         for (int i = 0; i < kGroup; i += 4, w += 4 * NR) {
-            const Quad w0 = load_quad(w), w1 = load_quad(w + 4 * W);
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++) {
+                const Quad w0 = load_quad(w + p * next), w1 = load_quad(w + p * next + 4 * W);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) {
-                const Activation4 q = activations(x.q + r * x.ld + g * kGroup + i);
-                left[r] = dot(left[r], w0, q);
-                right[r] = dot(right[r], w1, q);
+                for (int r = 0; r < R; r++) {
+                    const Activation4 q = activations(x.q + r * x.ld + g * kGroup + i);
+                    left[p][r] = dot(left[p][r], w0, q);
+                    right[p][r] = dot(right[p][r], w1, q);
+                }
             }
         }
+        keep_in_memory();
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++, head += next / 2) {
+            f32 scale0 = zero(), scale1 = zero();
+            if (scaled) scale0 = load_fp16(head), scale1 = load_fp16(head + W);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            const f32 scale = set1(x.scale[r * x.groups + g]);
-            float* sums = c + r * NR;
-            store(sums, fma(finish(left[r]), scaled ? mul(scale0, scale) : scale, load(sums)));
-            store(sums + W, fma(finish(right[r]), scaled ? mul(scale1, scale) : scale, load(sums + W)));
+            for (int r = 0; r < R; r++) {
+                const f32 scale = set1(x.scale[r * x.groups + g]);
+                float* sums = c + (p * R + r) * NR;
+                store(sums, fma(finish(left[p][r]), scaled ? mul(scale0, scale) : scale, load(sums)));
+                store(sums + W, fma(finish(right[p][r]), scaled ? mul(scale1, scale) : scale, load(sums + W)));
+            }
         }
     }
 }
 
 // The same with 4-bit weights in groups of `group`, a multiple of 32; a group's minimum goes in with the sums of the activations.
-template <int R, bool minima>
-inline void tile_i4(const Rounded& x, const uint8_t* w, int group, int k, float* c, bool add) {
-    if (!add) std::memset(c, 0, sizeof(float) * R * NR);
-    f32 scale0 = zero(), scale1 = zero(), minimum0 = zero(), minimum1 = zero();
-    for (int g = 0; g < k / kGroup; g++) {
-        if (g * kGroup % group == 0) {
-            const fp16* head = reinterpret_cast<const fp16*>(w);
-            scale0 = load_fp16(head);
-            scale1 = load_fp16(head + W);
-            if (minima) {
-                minimum0 = load_fp16(head + NR);
-                minimum1 = load_fp16(head + NR + W);
-            }
-            w += (minima ? 4 : 2) * NR;
-        }
-        Sum4 left[R], right[R];
+template <int R, int P, bool minima>
+[[gnu::noinline]] void tile_i4(const Rounded& x, const uint8_t* w, int64_t next, int group, int k, float* c, bool add) {
+    if (!add) std::memset(c, 0, sizeof(float) * P * R * NR);
+    for (int from = 0; from < k; from += group) {
+        const uint8_t* const group_head = w;
+        w += (minima ? 4 : 2) * NR;
+        for (int g = from / kGroup; g < (from + group) / kGroup; g++) {
+            Sum4 left[P][R], right[P][R];
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++) {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) left[r] = right[r] = begin4(x.start[r * x.groups + g]);
-        for (int i = 0; i < kGroup; i += 8, w += 4 * NR) {
-            Nibbles low0, high0, low1, high1;
-            load_nibbles(w, low0, high0);
-            load_nibbles(w + 4 * W, low1, high1);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++) {
-                const int8_t* q = x.q + r * x.ld + g * kGroup + i;
-                const Activation4 first = activations(q), second = activations(q + 4);
-                left[r] = dot4(dot4(left[r], low0, first), high0, second);
-                right[r] = dot4(dot4(right[r], low1, first), high1, second);
+                for (int r = 0; r < R; r++) left[p][r] = right[p][r] = begin4(x.start[r * x.groups + g]);
             }
-        }
+#pragma GCC unroll 1
+            for (int i = 0; i < kGroup; i += 8, w += 4 * NR) {
+#pragma GCC unroll 4
+                for (int p = 0; p < P; p++) {
+                                        Nibbles low0, high0, low1, high1;
+                    load_nibbles(w + p * next, low0, high0);
+                    load_nibbles(w + p * next + 4 * W, low1, high1);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            const int64_t at = r * x.groups + g;
-            const f32 scale = set1(x.scale[at]);
-            float* sums = c + r * NR;
-            f32 sum0 = fma(finish4(left[r], x.start[at]), mul(scale0, scale), load(sums));
-            f32 sum1 = fma(finish4(right[r], x.start[at]), mul(scale1, scale), load(sums + W));
-            if (minima) {
-                sum0 = fma(minimum0, set1(x.sum[at]), sum0);
-                sum1 = fma(minimum1, set1(x.sum[at]), sum1);
+                    for (int r = 0; r < R; r++) {
+                        const int8_t* q = x.q + r * x.ld + g * kGroup + i;
+                        const Activation4 first = activations(q), second = activations(q + 4);
+                        left[p][r] = dot4(dot4(left[p][r], low0, first), high0, second);
+                        right[p][r] = dot4(dot4(right[p][r], low1, first), high1, second);
+                    }
+                }
             }
-            store(sums, sum0);
-            store(sums + W, sum1);
+            keep_in_memory();
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++) {
+                const fp16* head = reinterpret_cast<const fp16*>(group_head + p * next);
+                const f32 scale0 = load_fp16(head), scale1 = load_fp16(head + W);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r++) {
+                    const int64_t at = r * x.groups + g;
+                    const f32 scale = set1(x.scale[at]);
+                    float* sums = c + (p * R + r) * NR;
+                    f32 sum0 = fma(finish4(left[p][r], x.start[at]), mul(scale0, scale), load(sums));
+                    f32 sum1 = fma(finish4(right[p][r], x.start[at]), mul(scale1, scale), load(sums + W));
+                    if (minima) {
+                        sum0 = fma(load_fp16(head + NR), set1(x.sum[at]), sum0);
+                        sum1 = fma(load_fp16(head + NR + W), set1(x.sum[at]), sum1);
+                    }
+                    store(sums, sum0);
+                    store(sums + W, sum1);
+                }
+            }
         }
     }
 }
@@ -311,11 +327,8 @@ inline void widen(const gemel_weight& weight, int panel, int from, int k, const 
     } else if (weight.format == GEMEL_BF16) {
         const bf16* w = reinterpret_cast<const bf16*>(p);
         for (int i = 0; i < k; i += 2, w += 2 * NR) {
-            f32 w00, w01, w10, w11;
-            load_pairs(w, w00, w01);
-            load_pairs(w + 2 * W, w10, w11);
-            use(i, w00, w10);
-            use(i + 1, w01, w11);
+            use(i, load_first(w), load_first(w + 2 * W));
+            use(i + 1, load_second(w), load_second(w + 2 * W));
         }
     } else if (weight.format == GEMEL_I8) {
         const float* head = reinterpret_cast<const float*>(panel_at(weight, panel, 0) - head_bytes(weight));

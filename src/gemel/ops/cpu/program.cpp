@@ -20,7 +20,6 @@
 namespace gemel {
 namespace {
 
-constexpr int kRowBlock = 128;      // rows of one piece of a product: their activations stay in the second-level cache
 constexpr int kPiecesPerThread = 6; // enough that a slow core can be helped out, few enough that counting them costs nothing
 
 constexpr int kSharesPerOp = 3;     // at most: attention writes, attends and folds
@@ -238,7 +237,7 @@ class Program {
 
     // How many panels one piece of a product has.
     int panels_of_piece(int rows, const gemel_weight& weight) const {
-        const int wanted = pieces(kPiecesPerThread * team_.threads(), std::max(1, pieces(rows, kRowBlock)));
+        const int wanted = pieces(kPiecesPerThread * team_.threads(), std::max(1, pieces(rows, kBlockRows)));
         return pieces(num_panels(weight), std::min(num_panels(weight), wanted));
     }
 
@@ -246,9 +245,9 @@ class Program {
     template <class Each>
     void share_product(int rank, int rows, const gemel_weight& weight, const Each& each) {
         const int panels = num_panels(weight), run = panels_of_piece(rows, weight), across = pieces(panels, run);
-        team_.share(rank, pieces(rows, kRowBlock) * across, [&](int item, int) {
-            const int row0 = item / across * kRowBlock, panel0 = item % across * run;
-            each(row0, std::min(rows, row0 + kRowBlock), panel0, std::min(panels, panel0 + run));
+        team_.share(rank, pieces(rows, kBlockRows) * across, [&](int item, int) {
+            const int row0 = item / across * kBlockRows, panel0 = item % across * run;
+            each(row0, std::min(rows, row0 + kBlockRows), panel0, std::min(panels, panel0 + run));
         });
     }
 

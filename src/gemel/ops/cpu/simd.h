@@ -124,10 +124,9 @@ inline f32 zero_below(f32 limit, f32 x, f32 v) {  // v, and 0 where x < limit
     return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), _mm512_setzero_ps());
 }
 // W pairs of bf16: the first of each pair, and the second.
-inline void load_pairs(const bf16* p, f32& first, f32& second) {
-    const __m512i both = _mm512_loadu_si512(p);
-    first = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-    second = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+inline f32 load_first(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+inline f32 load_second(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -159,10 +158,12 @@ inline f32 load_i8(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 inline f32 zero_below(f32 limit, f32 x, f32 v) { return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), v); }
-inline void load_pairs(const bf16* p, f32& first, f32& second) {
-    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    first = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-    second = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+inline f32 load_first(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
+}
+inline f32 load_second(const bf16* p) {
+    const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), mask));
 }
 
 #else  // any processor: vectors of the compiler, no fused multiply-add (compile with -ffp-contract=off)
@@ -207,16 +208,30 @@ inline f32 zero_below(f32 limit, f32 x, f32 v) {  // v, and 0 where x < limit
     std::memcpy(&v, &bits, sizeof v);
     return v;
 }
-inline void load_pairs(const bf16* p, f32& first, f32& second) {  // little-endian, as everything we support
-    u32v both;
-    std::memcpy(&both, p, sizeof both);
-    const u32v low = both << 16, high = both & 0xffff0000u;
-    std::memcpy(&first, &low, sizeof first);
-    std::memcpy(&second, &high, sizeof second);
+inline f32 as_floats(u32v bits) {
+    f32 v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
 }
+inline u32v load_bits(const bf16* p) {  // little-endian, as everything we support
+    u32v bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return bits;
+}
+inline f32 load_first(const bf16* p) { return as_floats(load_bits(p) << 16); }
+inline f32 load_second(const bf16* p) { return as_floats(load_bits(p) & 0xffff0000u); }
 #endif
 
 inline f32 zero() { return set1(0.0f); }
+
+// sum += a * b where sum lies: a compiler that chooses freely overwrites a factor instead, and runs out of registers in long lists of sums.
+inline void accumulate(f32& sum, f32 a, f32 b) {
+#if GEMEL_AVX2
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+    sum = fma(a, b, sum);
+#endif
+}
 
 inline float sum(f32 v) {  // lanes i and i + half, again and again
     float lanes[W];

@@ -21,12 +21,15 @@ using bf16_act = float;
 constexpr int kRows = 6;
 #endif
 
+// What was loaded before is loaded again after this: registers are for sums, and a compiler left to itself keeps factors in them instead.
+inline void keep_in_memory() { asm volatile("" ::: "memory"); }
+
 // c[r][0..NR) (+)= sum over k of a[r][k] * w[k][0..NR).   w: row k begins at w + k * ldw.
 // One or two rows have too few sums to keep the multipliers busy, so they may go through P panels at once: those begin `next` apart in w
 // and NR apart in c. `along` is how far apart a row's numbers are in a.
 template <int R, int P = 1>
-inline void tile_f32(const float* a, int64_t lda, const float* w, int64_t ldw, int k, float* c, int64_t ldc, bool add, int64_t next = 0,
-                     int64_t along = 1) {
+[[gnu::noinline]] void tile_f32(const float* a, int64_t lda, const float* w, int64_t ldw, int k, float* c, int64_t ldc, bool add, int64_t next = 0,
+                                int64_t along = 1) {
     f32 left[R][P], right[R][P];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
@@ -43,8 +46,8 @@ inline void tile_f32(const float* a, int64_t lda, const float* w, int64_t ldw, i
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 const f32 x = set1(a[r * lda + i * along]);
-                left[r][p] = fma(x, w0, left[r][p]);
-                right[r][p] = fma(x, w1, right[r][p]);
+                accumulate(left[r][p], x, w0);
+                accumulate(right[r][p], x, w1);
             }
         }
     }
@@ -60,7 +63,7 @@ inline void tile_f32(const float* a, int64_t lda, const float* w, int64_t ldw, i
 
 // The same with w in pairs along k: the pair (k, k+1) of column j lies at w + (k/2) * ldw + 2 j. k is even.
 template <int R, int P = 1>
-inline void tile_bf16(const bf16_act* a, int64_t lda, const bf16* w, int64_t ldw, int k, float* c, int64_t ldc, bool add,
+[[gnu::noinline]] void tile_bf16(const bf16_act* a, int64_t lda, const bf16* w, int64_t ldw, int k, float* c, int64_t ldc, bool add,
                       int64_t next = 0) {
     f32 left[R][P], right[R][P];
 #pragma GCC unroll 8
@@ -85,14 +88,19 @@ inline void tile_bf16(const bf16_act* a, int64_t lda, const bf16* w, int64_t ldw
                 right[r][p] = _mm512_dpbf16_ps(right[r][p], w1, x);
             }
 #else
-            f32 w00, w01, w10, w11;
-            load_pairs(w + p * next, w00, w01);
-            load_pairs(w + p * next + 2 * W, w10, w11);
+            f32 w0 = load_first(w + p * next), w1 = load_first(w + p * next + 2 * W);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                const f32 x0 = set1(a[r * lda + i]), x1 = set1(a[r * lda + i + 1]);
-                left[r][p] = fma(x1, w01, fma(x0, w00, left[r][p]));
-                right[r][p] = fma(x1, w11, fma(x0, w10, right[r][p]));
+                const f32 x = set1(a[r * lda + i]);
+                accumulate(left[r][p], x, w0);
+                accumulate(right[r][p], x, w1);
+            }
+            w0 = load_second(w + p * next), w1 = load_second(w + p * next + 2 * W);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                const f32 x = set1(a[r * lda + i + 1]);
+                accumulate(left[r][p], x, w0);
+                accumulate(right[r][p], x, w1);
             }
 #endif
         }

@@ -1,0 +1,352 @@
+"""A training recipe: which model learns from which data, in which steps, and what is kept of it.
+
+`[model]`, `[tokenizer]`, `[data]`, `[batch]`, `[loss]`, `[optim]`, `[precision]`, `[stability]`, `seed` and `steps` decide what comes out;
+everything else decides how fast, and what is written down. A run that was stopped goes on only with the same values of the first kind
+(`what`), but for `steps`: more of them make a run longer.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from gemel.config.base import Config
+from gemel.config.data.pipeline import put
+from gemel.config.errors import ConfigError
+from gemel.config.model import ModelConfig
+from gemel.config.optim import OptimConfig, StabilityConfig
+from gemel.config.tokenizer import TrainConfig
+
+
+class PretrainedModel(Config):
+    """A model to go on from.
+
+    path  Hugging Face directory or .gguf file
+    """
+
+    kind: Literal["pretrained"]
+    path: Path
+
+
+class NewModel(Config):
+    """A model with random weights: normal with standard deviation `std`, matrices that write into the residual stream with less, by
+    1 / sqrt(2 layers), so that the stream does not grow with depth (GPT-2).
+    """
+
+    kind: Literal["new"]
+    config: ModelConfig
+    std: PositiveFloat = 0.02
+
+
+Model = Annotated[PretrainedModel | NewModel, Field(discriminator="kind")]
+
+
+class LoadedTokenizer(Config):
+    """A tokenizer that exists.
+
+    path  folder with a tokenizer.json, or a .gguf file
+    """
+
+    kind: Literal["pretrained"]
+    path: Path
+
+
+class LearntTokenizer(Config):
+    """A tokenizer that is learnt first, from all sources of kind `documents`.
+
+    config           see `TrainConfig`
+    end_of_document  which of its special tokens ends a document
+    """
+
+    kind: Literal["learnt"]
+    config: TrainConfig = TrainConfig()
+    end_of_document: str = "<|endoftext|>"
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if self.end_of_document not in self.config.special_tokens:
+            raise ValueError(f"end_of_document = {self.end_of_document!r} is not among special_tokens = {self.config.special_tokens!r}")
+        return self
+
+
+TokenizerSource = Annotated[LoadedTokenizer | LearntTokenizer, Field(discriminator="kind")]
+Packing = Literal["cut", "best_fit"]
+
+
+class Source(Config):
+    """What all sources share.
+
+    name    what metrics call it; empty takes the last part of its path
+    weight  its share of what is trained, relative to the other sources' weights
+    """
+
+    name: str = ""
+    weight: PositiveFloat = 1.0
+
+
+class ShardSource(Source):
+    """Token shards, as `gemel data` writes them with output.kind = "tokens".
+
+    path     folder of them
+    packing  cut: documents run on from one sequence into the next; best_fit: those that fit into a sequence stay whole
+    """
+
+    kind: Literal["shards"]
+    path: Path
+    packing: Packing = "cut"
+
+
+class DocumentSource(Source):
+    """Text, through a data recipe whose output is JSON lines, tokenized when the run begins.
+
+    recipe           the data recipe
+    packing          see `ShardSource`
+    end_of_document  special token that ends each of them; None takes the tokenizer's EOS
+    """
+
+    kind: Literal["documents"]
+    recipe: Path
+    packing: Packing = "cut"
+    end_of_document: str | None = None
+
+
+class ConversationSource(Source):
+    """Conversations, as `gemel data sft` writes them. Trained is what the assistant says, and the token that ends it.
+
+    They are packed whole.
+
+    paths     files of JSON lines
+    too_long  what becomes of conversations longer than a sequence: drop them, or cut off their end; either is reported
+    """
+
+    kind: Literal["conversations"]
+    paths: Annotated[tuple[Path, ...], Field(min_length=1)]
+    too_long: Literal["drop", "cut"] = "drop"
+
+
+AnySource = Annotated[ShardSource | DocumentSource | ConversationSource, Field(discriminator="kind")]
+
+
+class DataConfig(Config):
+    """What is learnt from, and what is only looked at.
+
+    train       sources, mixed by weight
+    validation  sources that are not trained
+    holdout     share of each training source's documents that is kept for validation instead
+    """
+
+    train: Annotated[tuple[AnySource, ...], Field(min_length=1)]
+    validation: tuple[AnySource, ...] = ()
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class BatchConfig(Config):
+    """How much is learnt at once, in tokens.
+
+    tokens        of one step of the optimizer
+    micro_tokens  of what goes through the model at once: memory grows with it, results do not depend on it. None takes `tokens`
+    sequence      the most that a document may see of itself; no more than the model has positions
+    """
+
+    tokens: PositiveInt
+    sequence: PositiveInt
+    micro_tokens: PositiveInt | None = None
+
+    @property
+    def sequences(self) -> int:
+        """In a step."""
+        return self.tokens // self.sequence
+
+    @property
+    def micro_sequences(self) -> int:
+        """In a micro-batch."""
+        return (self.micro_tokens or self.tokens) // self.sequence
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        micro_tokens = self.micro_tokens or self.tokens
+        if micro_tokens % self.sequence:
+            near = max(micro_tokens // self.sequence, 1) * self.sequence
+            name = "tokens" if self.micro_tokens is None else "micro_tokens"
+            raise ValueError(f"{name} = {micro_tokens} is not a multiple of sequence = {self.sequence}; {near} is")
+        if self.tokens % micro_tokens:
+            near = -(-self.tokens // micro_tokens) * micro_tokens
+            raise ValueError(f"tokens = {self.tokens} is not a multiple of micro_tokens = {micro_tokens}; {near} is")
+        return self
+
+
+class LossConfig(Config):
+    """What is minimized beside the cross-entropy.
+
+    z_loss           weight of the squared logarithm of the softmax's denominator, which keeps logits from drifting (PaLM,
+                     arXiv 2204.02311; usually 1e-4)
+    label_smoothing  share of the target that is spread over the vocabulary (Szegedy et al. 2016, arXiv 1512.00567)
+    """
+
+    z_loss: NonNegativeFloat = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class FP32(Config):
+    """Everything in fp32."""
+
+    kind: Literal["fp32"] = "fp32"
+
+
+class BF16(Config):
+    """Products in bf16, sums over them, norms and the loss in fp32."""
+
+    kind: Literal["bf16"]
+
+
+class FP16(Config):
+    """As bf16 with fp16, whose range is small: the loss is scaled so that gradients stay within it (Micikevicius et al. 2018,
+    arXiv 1710.03740).
+
+    initial_scale   of the loss; halved whenever a gradient overflows, whose step is left out
+    growth_steps    doubled after so many steps without an overflow
+    """
+
+    kind: Literal["fp16"]
+    initial_scale: PositiveFloat = 2.0**16
+    growth_steps: PositiveInt = 2000
+
+
+Precision = Annotated[FP32 | BF16 | FP16, Field(discriminator="kind")]
+
+
+class KeepActivations(Config):
+    """All activations are kept for the backward pass."""
+
+    kind: Literal["none"] = "none"
+
+
+class RecomputeBlocks(Config):
+    """Only the input of every `blocks` blocks is kept, the rest is computed again (Chen et al. 2016, arXiv 1604.06174).
+
+    blocks  1 recomputes each block on its own; more keep fewer inputs, and hold more at once while going back; None takes the square root
+            of their number, where both are least
+    """
+
+    kind: Literal["recompute"]
+    blocks: PositiveInt | None = 1
+
+
+class SelectiveRecompute(Config):
+    """Results of matrix products and attention are kept, the cheap rest of each block is computed again (Korthikanti et al. 2022,
+    arXiv 2205.05198).
+    """
+
+    kind: Literal["selective"]
+
+
+Activations = Annotated[KeepActivations | RecomputeBlocks | SelectiveRecompute, Field(discriminator="kind")]
+
+
+class ValidationConfig(Config):
+    """When and how much is looked at.
+
+    every     steps between looks; 0 looks only at the end
+    tokens    at most so many of each source; None takes all there are
+    patience  so many looks without a smaller loss end the run (early stopping); None never does
+    """
+
+    every: NonNegativeInt = 0
+    tokens: PositiveInt | None = None
+    patience: PositiveInt | None = None
+
+
+class SaveConfig(Config):
+    """Checkpoints: a folder with the model, as every tool reads it, and the state that a run goes on from.
+
+    every         steps between them; 0 saves only at the end and when the run is stopped
+    keep          so many of the latest are kept whole
+    keep_every    models of steps that are a multiple of this are kept for good, without state; 0 keeps none
+    best          the model with the least validation loss is kept, without state
+    asynchronous  written while training goes on, for which a copy of model and state is held in memory
+    """
+
+    every: NonNegativeInt = 0
+    keep: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
+    best: bool = False
+    asynchronous: bool = True
+
+
+class MetricsConfig(Config):
+    """What is written down beside metrics.jsonl, which has a line for every step.
+
+    tensorboard  event files too (needs the package tensorboard)
+    """
+
+    tensorboard: bool = False
+
+
+class TrainRecipe(Config):
+    """A whole run.
+
+    out      folder of everything that the run writes
+    steps    of the optimizer
+    device   auto takes cuda where there is one, else cpu
+    threads  of one operation; None takes the cores that this process may use
+    """
+
+    out: Path
+    steps: PositiveInt
+    model: Model
+    data: DataConfig
+    batch: BatchConfig
+    tokenizer: TokenizerSource | None = None
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    precision: Precision = FP32()
+    activations: Activations = KeepActivations()
+    stability: StabilityConfig = StabilityConfig()
+    validation: ValidationConfig = ValidationConfig()
+    save: SaveConfig = SaveConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    seed: NonNegativeInt = 0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    threads: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if isinstance(self.model, NewModel) and self.tokenizer is None:
+            raise ValueError("a new model needs a tokenizer: add [tokenizer] with kind = 'pretrained' or 'learnt'")
+        if isinstance(self.model, NewModel) and self.batch.sequence > self.model.config.max_positions:
+            raise ValueError(
+                f"batch.sequence = {self.batch.sequence} is more than model.config.max_positions = {self.model.config.max_positions}"
+            )
+        sources = (*self.data.train, *self.data.validation)
+        if isinstance(self.tokenizer, LearntTokenizer) and not any(isinstance(source, DocumentSource) for source in sources):
+            raise ValueError("tokenizer.kind = 'learnt' needs a source of kind 'documents' to learn from; there is none")
+        if self.optim.weights != "fp32" and not isinstance(self.precision, BF16):
+            raise ValueError(f"optim.weights = {self.optim.weights!r} keeps parameters in bf16, which needs precision.kind = 'bf16'")
+        if (self.save.best or self.validation.patience) and not (self.data.validation or self.data.holdout):
+            name = "save.best" if self.save.best else "validation.patience"
+            raise ValueError(f"{name} needs something to validate on: set data.holdout = 0.01, or give data.validation")
+        return self
+
+    def what(self) -> dict[str, Any]:
+        """All that decides the numbers that come out, but for how many steps there are."""
+        decides = {"model", "tokenizer", "data", "batch", "loss", "optim", "precision", "stability", "seed"}
+        values = self.model_dump(mode="json", include=decides)
+        values["batch"].pop("micro_tokens")
+        return values
+
+
+def load(path: Path, settings: Iterable[str] = ()) -> TrainRecipe:
+    """The recipe in a TOML file, with `key=value` settings put over it. Errors: `ConfigError`."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    for setting in settings:
+        put(values, setting)
+    return TrainRecipe.parse(values)

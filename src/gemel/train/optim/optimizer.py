@@ -1,0 +1,196 @@
+"""The optimizer: a method for each parameter, and stores for its weights and its state.
+
+A step walks over the parameters. Methods that treat elements alone get stretches of 2^18 of them, so that unpacked weights, gradients and
+state stay in the cache and the memory that a step needs does not depend on the model. Everything is a pure function of what was there
+before, the gradients, the rate and the step: a resumed run repeats the bits of one that was not interrupted.
+
+    optimizer = build(config, model.named_parameters())
+    optimizer.step(rate(config, step, num_steps))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from gemel.config.errors import CheckpointError, ConfigError
+from gemel.config.optim import SGD, Adafactor, AdamW, Lion, Muon, OptimConfig
+from gemel.train.optim import adafactor, adamw, lion, muon, noise, sgd
+from gemel.train.optim.method import At, Method, Slot
+from gemel.train.optim.settings import Settings, assign, shapes_of
+from gemel.train.optim.storage import Allocate, Blocks, Halved, Plain, Rounded, Store
+
+STRETCH = noise.TABLE
+LEAST_FOR_INT8 = 4096  # smaller tensors stay in fp32: norms and biases are sensitive, and what they cost is nothing (Dettmers et al. 2022)
+
+
+class Member:
+    """One parameter with its method, its settings and its stores."""
+
+    def __init__(self, name: str, parameter: Tensor, method: Method, settings: Settings, config: OptimConfig, allocate: Allocate):
+        self.name, self.parameter, self.method, self.settings, self._seed = name, parameter, method, settings, config.seed
+        self.num_steps = 0
+        self._slots = method.slots(parameter.shape)
+        self._weight = _weight_store(config, name, parameter, allocate)
+        self._state = [_state_store(config, f"{name}.{slot.name}", slot, allocate) for slot in self._slots]
+        self._stretch = STRETCH if method.elementwise else parameter.numel()
+
+    def step(self, lr: float) -> None:
+        """Move the weights along their gradient; nothing happens where there is none."""
+        grad = self.parameter.grad
+        if grad is None:
+            return
+        self.num_steps += 1
+        at = At(lr * self.settings.lr_scale, self.settings.weight_decay, self.num_steps)
+        flat, num = grad.detach().reshape(-1), self.parameter.numel()
+        for start in range(0, num, self._stretch):
+            self._update(at, flat[start : start + self._stretch].float(), start)
+
+    def _update(self, at: At, g: Tensor, start: int) -> None:
+        stop = start + g.numel()
+        w = self._weight.read(start, stop)
+        state = [
+            store.read(start, stop) if self.method.elementwise else store.read(0, slot.shape.numel()).view(slot.shape)
+            for store, slot in zip(self._state, self._slots, strict=True)
+        ]
+        shape = g.shape if self.method.elementwise else self.parameter.shape
+        self.method.update(w.view(shape), g.view(shape), state, at)
+        if self.settings.l1:
+            w.copy_(torch.nn.functional.softshrink(w, at.lr * self.settings.l1))
+        for number, (store, x) in enumerate(zip((self._weight, *self._state), (w, *state), strict=True)):
+            store.write(start, x.view(-1), noise.key(self._seed, self.name, at.step, number, start))
+
+    def kept(self) -> dict[str, Tensor]:
+        """The tensors that a checkpoint needs, in the shapes of what they belong to where they have as many elements."""
+        found = {f"{self.name}.{suffix}": x.view(self.parameter.shape) for suffix, x in self._weight.kept.items()}
+        for store, slot in zip(self._state, self._slots, strict=True):
+            for suffix, x in store.kept.items():
+                name = ".".join(filter(None, (self.name, slot.name, suffix)))
+                found[name] = x.view(slot.shape) if x.numel() == slot.shape.numel() else x
+        return found
+
+
+class Optimizer:
+    """All parameters that are trained. Make it with `build`."""
+
+    def __init__(self, members: Sequence[Member]):
+        self._members = members
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One update from the `.grad` of every parameter, which are not changed. `lr` is the rate of this step."""
+        for member in self._members:
+            member.step(lr)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of everything that is kept beside the parameters themselves."""
+        return sum(x.nbytes for member in self._members for x in member.kept().values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Plain tensors by name, fit for safetensors; they share memory with the optimizer. The parameters are not among them."""
+        tensors = {name: x for member in self._members for name, x in member.kept().items()}
+        return tensors | {f"{member.name}.step": torch.tensor(member.num_steps) for member in self._members}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave. `CheckpointError`, and nothing changed, if it is of another model or configuration."""
+        mine = self.state_dict()
+        _check(mine, state)
+        for name, x in mine.items():
+            x.copy_(state[name])
+        for member in self._members:
+            member.num_steps = int(state[f"{member.name}.step"])
+
+
+def build(
+    config: OptimConfig, named_parameters: Iterable[tuple[str, Tensor]], sections: Mapping[str, Sequence[int]] | None = None
+) -> Optimizer:
+    """The optimizer of all parameters that require gradients.
+
+    `sections` are, by parameter name, the heights of matrices that lie fused in one; only Muon asks for them. `ConfigError` if nothing is
+    trained, if a parameter's type does not fit `weights`, or if a pattern hits nothing.
+    """
+    trained = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
+    if not trained:
+        raise ConfigError("no parameter requires gradients, so there is nothing to train; freeze fewer of them")
+    settings = assign(config, trained)
+    methods = _methods(config, trained, sections or {})
+    members = []
+    for name, parameter in trained.items():
+        _check_type(config, name, parameter)
+        one = settings[name]
+        if isinstance(config.method, Muon) and not isinstance(methods[name], muon.Muon):
+            one = Settings(one.lr_scale * config.method.rest_lr_scale, one.weight_decay, one.l1)
+        members.append(Member(name, parameter, methods[name], one, config, _in_memory(parameter.device)))
+    return Optimizer(members)
+
+
+def _methods(config: OptimConfig, trained: Mapping[str, Tensor], sections: Mapping[str, Sequence[int]]) -> dict[str, Method]:
+    method = config.method
+    if not isinstance(method, Muon):
+        return dict.fromkeys(trained, _method(method))
+    for pattern in method.matrices:
+        if not any(fnmatchcase(name, pattern) and x.dim() == 2 for name, x in trained.items()):
+            raise ConfigError(f"method.matrices has {pattern!r}, which no trained matrix is named like; there are: {shapes_of(trained)}")
+    rest = _method(method.rest)
+    is_matrix = {name: x.dim() == 2 and any(fnmatchcase(name, p) for p in method.matrices) for name, x in trained.items()}
+    return {name: muon.Muon(method, x.device, sections.get(name, ())) if is_matrix[name] else rest for name, x in trained.items()}
+
+
+def _method(config: AdamW | Adafactor | Lion | SGD) -> Method:
+    if isinstance(config, AdamW):
+        return adamw.AdamW(config)
+    if isinstance(config, Adafactor):
+        return adafactor.Adafactor(config)
+    return lion.Lion(config) if isinstance(config, Lion) else sgd.SGD(config)
+
+
+def _check_type(config: OptimConfig, name: str, parameter: Tensor) -> None:
+    wanted = torch.float32 if config.weights == "fp32" else torch.bfloat16
+    if parameter.dtype != wanted:
+        fits = {torch.float32: "'fp32'", torch.bfloat16: "'master' or 'stochastic'"}.get(parameter.dtype)
+        way_out = f"set weights = {fits}" if fits else f"convert the model to {wanted}"
+        raise ConfigError(f"{name} is {parameter.dtype}, and weights = {config.weights!r} needs {wanted}; {way_out}")
+    assert parameter.is_contiguous(), f"{name} is not contiguous"
+
+
+def _weight_store(config: OptimConfig, name: str, parameter: Tensor, allocate: Allocate) -> Store:
+    data = parameter.detach().view(-1)
+    if config.weights == "fp32":
+        return Plain(data, kept=False)
+    if config.weights == "master":
+        return Halved(data, allocate(f"{name}.low", data.numel(), torch.int16))
+    return Rounded(data, kept=False)
+
+
+def _state_store(config: OptimConfig, name: str, slot: Slot, allocate: Allocate) -> Store:
+    num = slot.shape.numel()
+    if config.state == "bf16" and not slot.small:
+        return Rounded(allocate(name, num, torch.bfloat16))
+    if config.state == "int8" and not slot.small and num >= LEAST_FOR_INT8:
+        return Blocks.allocate(allocate, name, num, slot.signed)
+    return Plain(allocate(name, num, torch.float32))
+
+
+def _in_memory(device: torch.device) -> Allocate:
+    return lambda _, num, dtype: torch.zeros(num, dtype=dtype, device=device)
+
+
+def _check(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    missing, extra = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+    if missing or extra:
+        lacks = f"lacks {missing[0]} and {len(missing) - 1} more" if missing else ""
+        has = f"has {extra[0]} and {len(extra) - 1} more, which nobody asks for" if extra else ""
+        raise CheckpointError(
+            f"the saved optimizer state {' and '.join(filter(None, (lacks, has)))}: it is of another model, or of another "
+            "method, state or weights in [train.optim]; set them as they were, or begin without this state"
+        )
+    for name, x in mine.items():
+        if (x.shape, x.dtype) != (state[name].shape, state[name].dtype):
+            raise CheckpointError(
+                f"the saved optimizer state has {name} as {list(state[name].shape)} of {state[name].dtype}, "
+                f"not {list(x.shape)} of {x.dtype}; it is of another model"
+            )

@@ -1,0 +1,123 @@
+"""A training run from its recipe, or from where it was left, to its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import tomli_w
+import torch
+from torch import nn
+
+from gemel.config import train as config
+from gemel.config.errors import ConfigError
+from gemel.config.train import NewModel, PretrainedModel, TrainRecipe
+from gemel.data import manifest
+from gemel.model import build
+from gemel.model.build import LoadedModel
+from gemel.model.model import Model
+from gemel.tokenizer.tokenizer import Tokenizer
+from gemel.train import precision
+from gemel.train.checkpoint import Checkpoints, Found
+from gemel.train.loader import Loader
+from gemel.train.loop import Loop, Result
+from gemel.train.metrics import Metrics
+from gemel.train.prepare import Preparation
+from gemel.train.progress import Progress
+from gemel.train.trainer import Trainer
+
+RECIPE = "run.toml"
+
+
+def run(recipe: TrainRecipe, peak_flops_per_s: float | None = None, quiet: bool = False) -> Result:
+    """Do what is missing of a run. `peak_flops_per_s` is what utilization is measured against."""
+    device = device_of(recipe)
+    torch.manual_seed(recipe.seed)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    with manifest.Lock(recipe.out, shared=False):
+        progress = Progress(recipe.steps, peak_flops_per_s, quiet)
+        preparation = Preparation(recipe, progress, quiet)
+        tokenizer = preparation.tokenizer()
+        training, validation = preparation.sources(tokenizer)
+        with Checkpoints(recipe.out, recipe.save, tokenizer) as checkpoints:
+            found = checkpoints.latest()
+            _write_recipe(recipe, found)
+            trainer = Trainer(recipe, _model(recipe, tokenizer, found), device)
+            loader = Loader(training, recipe.batch)
+            num_bytes = 0 if found is None else found.state["metrics_bytes"]
+            with Metrics(recipe.out, num_bytes, peak_flops_per_s, recipe.metrics.tensorboard) as metrics:
+                loop = Loop(recipe, trainer, loader, validation, checkpoints, metrics, progress)
+                if found is not None:
+                    loop.resume(found)
+                    progress.say(f"going on from step {found.step} in {recipe.out}")
+                return loop.run()
+
+
+def device_of(recipe: TrainRecipe) -> torch.device:
+    """Where a recipe is trained."""
+    if recipe.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if recipe.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device = {recipe.device!r}, but torch {torch.__version__} finds no CUDA device here; use 'cpu' or 'auto'")
+    return torch.device(recipe.device)
+
+
+def _model(recipe: TrainRecipe, tokenizer: Tokenizer, found: Found | None) -> LoadedModel:
+    dtype = precision.parameter_dtype(recipe.optim)
+    if found is not None:
+        loaded = build.load(found.model, dtype)
+    elif isinstance(recipe.model, PretrainedModel):
+        loaded = build.load(recipe.model.path, dtype, weights="dense")
+    else:
+        loaded = fresh(recipe.model, recipe.seed, tokenizer, dtype)
+    if recipe.batch.sequence > loaded.config.max_positions:
+        raise ConfigError(
+            f"batch.sequence = {recipe.batch.sequence} is more than the model's {loaded.config.max_positions} positions; lower it"
+        )
+    if len(tokenizer.bytes_of) > loaded.config.vocab_size:
+        raise ConfigError(
+            f"the model has {loaded.config.vocab_size} rows in its vocabulary, the tokenizer {len(tokenizer.bytes_of)} tokens; set "
+            "model.config.vocab_size of a new model to that or more, or extend one that exists with: gemel tokenizer extend"
+        )
+    return loaded
+
+
+def fresh(new: NewModel, seed: int, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """A model with random weights, the same for the same seed."""
+    config = new.config
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = Model(config)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and not (module is model.head and config.tied_head):
+                into_stream = name.endswith((".attn.out", ".mlp.down"))
+                nn.init.normal_(module.weight, std=new.std / math.sqrt(2 * config.num_layers) if into_stream else new.std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for parameter in model.parameters():
+            parameter.data = parameter.to(dtype)
+    return LoadedModel(model, config, Path(), tokenizer.eos_ids, tokenizer.bos_id, dtype)
+
+
+def _write_recipe(recipe: TrainRecipe, found: Found | None) -> None:
+    """Keep the run's recipe; a run that goes on must be of the same."""
+    path = recipe.out / RECIPE
+    if found is not None and path.exists():
+        before = config.load(path)
+        if differences := list(manifest.differences("", before.what(), recipe.what())):
+            raise ConfigError(
+                f"{recipe.out} holds a run of another recipe: {'; '.join(_some(differences))}. "
+                "Give another --output, or remove that folder to begin anew"
+            )
+    draft = recipe.out / "work" / RECIPE
+    draft.write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    draft.replace(path)
+
+
+def _some(items: list[str]) -> Iterator[str]:
+    yield from items[:5]
+    if len(items) > 5:
+        yield f"and {len(items) - 5} more"
