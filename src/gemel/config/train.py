@@ -7,6 +7,7 @@ everything else decides how fast, and what is written down. A run that was stopp
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -333,10 +334,10 @@ class TrainRecipe(Config):
             name = "save.best" if self.save.best else "validation.patience"
             raise ValueError(f"{name} needs something to validate on: set data.holdout = 0.01, or give data.validation")
         if self.batch.sequences % self.parallel.data:
+            unit = math.lcm(self.parallel.data * self.batch.sequence, self.batch.micro_tokens or 1)
             raise ValueError(
                 f"batch.tokens = {self.batch.tokens} are {self.batch.sequences} sequences, which do not divide among the "
-                f"{self.parallel.data} ranks of parallel.replicate and shard; set tokens = "
-                f"{-(-self.batch.sequences // self.parallel.data) * self.parallel.data * self.batch.sequence}"
+                f"{self.parallel.data} ranks of parallel.replicate and shard; {-(-self.batch.tokens // unit) * unit} tokens would"
             )
         return self
 

@@ -29,7 +29,8 @@ from gemel.config.errors import ConfigError
 from gemel.config.parallel import ParallelConfig
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Store
+    from torch.distributed import ProcessGroup
+    from torch.distributed import Store  # type: ignore[attr-defined]
     from torch.distributed.device_mesh import DeviceMesh
 
 JOINED = {"data": ("replicate", "shard"), "shards": ("shard", "context"), "tokens": ("replicate", "shard", "context")}
@@ -123,10 +124,11 @@ def join(config: ParallelConfig, device: torch.device) -> Mesh:
     timeout = timedelta(seconds=config.timeout_s)
     store = _store(place, timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("torch", store), rank=place.rank, world_size=place.num_ranks, timeout=timeout)
+    ours, torchs = (dist.PrefixStore(name, store) for name in ("gemel", "torch"))  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=torchs, rank=place.rank, world_size=place.num_ranks, timeout=timeout)
     sizes = config.sizes
     devices = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    return Mesh(config, devices, dist.PrefixStore("gemel", store), place.rank)
+    return Mesh(config, devices, ours, place.rank)
 
 
 def leave(mesh: Mesh) -> None:
@@ -141,7 +143,10 @@ def _store(place: Place, timeout: timedelta) -> Store:
     import torch.distributed as dist
 
     listens = place.rank == 0 and not place.hosted
-    return dist.TCPStore(place.host, place.port, place.num_ranks, is_master=listens, timeout=timeout, multi_tenant=True)
+    store: Store = dist.TCPStore(  # type: ignore[attr-defined]
+        place.host, place.port, place.num_ranks, is_master=listens, timeout=timeout, multi_tenant=True
+    )
+    return store
 
 
 def check(config: ParallelConfig, num_ranks: int) -> None:
