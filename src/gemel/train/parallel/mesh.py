@@ -29,8 +29,7 @@ from gemel.config.errors import ConfigError
 from gemel.config.parallel import ParallelConfig
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-    from torch.distributed import Store  # type: ignore[attr-defined]
+    from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
     from torch.distributed.device_mesh import DeviceMesh
 
 JOINED = {"data": ("replicate", "shard"), "shards": ("shard", "context"), "tokens": ("replicate", "shard", "context")}
@@ -113,7 +112,7 @@ class Mesh:
 
 
 def join(config: ParallelConfig, device: torch.device) -> Mesh:
-    """The mesh that this process belongs to. Raises `ConfigError` if the launcher started another number of processes than the recipe's mesh takes."""
+    """The mesh that this process belongs to. Raises `ConfigError` if it takes another number of processes than were started."""
     place = env.place()
     check(config, 1 if place is None else place.num_ranks)
     if place is None:
