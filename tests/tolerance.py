@@ -10,6 +10,7 @@ import torch
 RELATIVE = {
     "exact": 0.0,  # the same operations in the same order
     "fp32_reorder": 2e-5,  # the same mathematics, sums in another order
+    "fp32_ranks": 1e-5,  # gradients of a step that several processes computed together, against one process
     "fp32_reference": 1e-4,  # against another implementation in fp32
     "int8_activations": 3e-2,  # activations rounded to int8: a last-bit difference before rounding moves a number by a whole step
     "fp16_scales": 1e-3,  # weights whose scales and minima were rounded to fp16, 2^-11 each
