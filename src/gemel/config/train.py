@@ -7,6 +7,7 @@ everything else decides how fast, and what is written down. A run that was stopp
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from gemel.config.data.pipeline import put
 from gemel.config.errors import ConfigError
 from gemel.config.model import ModelConfig
 from gemel.config.optim import OptimConfig, StabilityConfig
+from gemel.config.parallel import ParallelConfig
 from gemel.config.tokenizer import TrainConfig
 
 
@@ -148,7 +150,8 @@ class BatchConfig(Config):
     """How much is learnt at once, in tokens.
 
     tokens        of one step of the optimizer
-    micro_tokens  of what goes through the model at once: memory grows with it, results do not depend on it. None takes `tokens`
+    micro_tokens  the most that goes through the model at once: memory grows with it, results do not depend on it. None takes all that a
+                  rank has of `tokens`
     sequence      the most that a document may see of itself; no more than the model has positions
     """
 
@@ -309,6 +312,7 @@ class TrainRecipe(Config):
     validation: ValidationConfig = ValidationConfig()
     save: SaveConfig = SaveConfig()
     metrics: MetricsConfig = MetricsConfig()
+    parallel: ParallelConfig = ParallelConfig()
     seed: NonNegativeInt = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     threads: PositiveInt | None = None
@@ -329,6 +333,12 @@ class TrainRecipe(Config):
         if (self.save.best or self.validation.patience) and not (self.data.validation or self.data.holdout):
             name = "save.best" if self.save.best else "validation.patience"
             raise ValueError(f"{name} needs something to validate on: set data.holdout = 0.01, or give data.validation")
+        if self.batch.sequences % self.parallel.data:
+            unit = math.lcm(self.parallel.data * self.batch.sequence, self.batch.micro_tokens or 1)
+            raise ValueError(
+                f"batch.tokens = {self.batch.tokens} are {self.batch.sequences} sequences, which do not divide among the "
+                f"{self.parallel.data} ranks of parallel.replicate and shard; {-(-self.batch.tokens // unit) * unit} tokens would"
+            )
         return self
 
     def what(self) -> dict[str, Any]:
