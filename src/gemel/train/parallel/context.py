@@ -398,7 +398,9 @@ class UlyssesAttend:
         if repeats > 1:
             k_TKH, v_TKH = k_TKH.repeat_interleave(repeats, 1), v_TKH.repeat_interleave(repeats, 1)
         width = q_TNH.shape[2]
-        parts = torch.cat([x.reshape(len(x), size, x.shape[1] // size, width) for x in (q_TNH, k_TKH, v_TKH)], 2)  # [T, ranks, heads of one, H]
+        parts = torch.cat(
+            [x.reshape(len(x), size, x.shape[1] // size, width) for x in (q_TNH, k_TKH, v_TKH)], 2
+        )  # heads of a rank together
         mine = [self._num_tokens[self._rank]] * size
         qkv = self._exchange(parts.transpose(0, 1).flatten(0, 1), mine, self._num_tokens)
         heads = [num_heads // size, num_kv_heads * repeats // size, num_kv_heads * repeats // size]
