@@ -49,7 +49,7 @@ def same(kind: str, batch: Batch, way: str) -> None:
     got = gradients(loaded.model, part, attend, batch.weight)
     for name, gradient in got.items():
         dist.all_reduce(gradient)
-        assert_close(gradient, want[name], "fp32_ranks")
+        assert_close(gradient, want[name], "fp32_parallel")
 
 
 def ring() -> None:

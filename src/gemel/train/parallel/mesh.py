@@ -70,6 +70,17 @@ class Mesh:
         assert self._devices is not None, "one process has no mesh of devices"
         return self._devices[names]._flatten("_".join(names)) if len(names) > 1 else self._devices[names[0]]
 
+    def hybrid(self) -> DeviceMesh:
+        """Torch's mesh of copies, if there are several, and of the ranks within one that share parameters."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        assert self._devices is not None and self.shards.group is not None
+        if self.replicate.group is None:
+            return self.devices(*JOINED["shards"])
+        groups, names = [self.replicate.group, self.shards.group], ("replicate", "shards")
+        ranks = self._devices["replicate", "shard", "context"].mesh.reshape(self.replicate.size, -1)
+        return DeviceMesh.from_group(groups, self._devices.device_type, ranks, mesh_dim_names=names)
+
     @property
     def first(self) -> bool:
         """Whether this is the process that writes and speaks for all."""

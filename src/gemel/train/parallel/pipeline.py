@@ -1,7 +1,7 @@
 """Pipeline parallel: each rank has some of the layers, and micro-batches go from rank to rank.
 
     pipeline = Pipeline(model, recipe.parallel.pipeline, mesh.pipeline, sequence)     # the model keeps what this rank has of it
-    loss, z = pipeline.learn(batches, attend, loss_of)                                # gradients of all micro-batches
+    loss, z = pipeline.learn(batches_with_their_attends, loss_of)                     # gradients of all micro-batches
 
 A stage is a run of layers, the first with the embedding, the last with the final norm and the head. Borders are where the slowest stage
 is fastest. All ranks of a pipeline are given the same batches: the first needs their tokens, the last their targets, and all need positions
@@ -33,6 +33,7 @@ from gemel.config.errors import ConfigError
 from gemel.model.attend import Attend
 from gemel.model.leaves.linear import Leaf, Linear
 from gemel.model.model import Model
+from gemel.ops.train import linear
 from gemel.train.batch import Batch
 from gemel.train.parallel.mesh import Axis
 from gemel.train.parallel.timetable import Pass, Timetable, Transfer, num_stages, timetable
@@ -89,11 +90,11 @@ class Elsewhere(nn.Module):
 class Pipeline:
     """The stages of one rank, and what it does with them.
 
-    elsewhere  names of parameters that are here and whose copy on an earlier rank speaks for both: of a tied head. Their gradients are sums
-               over both, so both move alike
+    spoken_for  names of parameters that are here and whose copy on an earlier rank speaks for both: of a tied head. Their gradients are sums
+                over both, so both move alike
     """
 
-    def __init__(self, model: Model, cfg: config.Pipeline, axis: Axis, sequence: int, tensor_sequence: int = 1):
+    def __init__(self, model: Model, cfg: config.Pipeline, axis: Axis, sequence: int, token_parts: int = 1):
         assert axis.group is not None and axis.size == cfg.stages
         count = num_stages(cfg)
         if count > len(model.layers):
@@ -102,59 +103,55 @@ class Pipeline:
                 f"{len(model.layers)} layers; lower stages or chunks so that their product is at most that"
             )
         self._model, self._config, self._axis, self._group = model, cfg, axis, axis.group
-        self._rows_divisor = tensor_sequence
+        self._token_parts = token_parts
         self.rank, self.last = axis.rank, count - 1
         self.bounds = balance(layer_costs(model, sequence), count)
         self._stages = range(axis.rank, count, axis.size)
-        self._dtype, self._width, self._device = model.embed.weight.dtype, model.config.width, model.embed.weight.device
+        self._dtype, self._width, self.device = model.embed.weight.dtype, model.config.width, model.embed.weight.device
         first, last = 0 in self._stages, self.last in self._stages
         self._tied = model.config.tied_head and first != last
-        self.elsewhere = frozenset({"embed.weight"} if self._tied and last else ())
+        self.spoken_for = frozenset({"embed.weight"} if self._tied and last else ())
         self._keep_own(first, last)
         self._debts = _Debts()
         if isinstance(cfg, config.ZeroBubble):
             self._debts.take_from(model.layers)
 
     def _keep_own(self, first: bool, last: bool) -> None:
-        model = self._model
+        model, gone = self._model, [] if last else ["norm", "head"]
         mine = {layer for stage in self._stages for layer in range(*self.bounds[stage])}
-        for layer in range(len(model.layers)):
-            if layer not in mine:
-                model.layers[layer] = Elsewhere()
-        names = [] if last else ["norm", "head"]
         if not first:
-            names += ["positions", "embed_norm"]
-            if not (last and model.config.tied_head):
-                names.append("embed")
-        for name in names:
-            if getattr(model, name) is not None:
-                setattr(model, name, Elsewhere())
+            gone += ["positions", "embed_norm"] if last and model.config.tied_head else ["positions", "embed_norm", "embed"]
+        gone = [name for name in gone if getattr(model, name) is not None]
+        gone += [f"layers.{layer}" for layer in range(len(model.layers)) if layer not in mine]
+        for name in gone:
+            model.set_submodule(name, Elsewhere())
+        self._gone = tuple(f"{name}." for name in gone)
+
+    def has(self, parameter: str) -> bool:
+        """Whether a parameter of the whole model is one of this rank's stages."""
+        return not parameter.startswith(self._gone)
 
     def blocks(self) -> Iterator[list[nn.Module]]:
         """The layers of each of this rank's stages."""
         for stage in self._stages:
             yield list(self._model.layers[slice(*self.bounds[stage])])
 
-    def learn(
-        self, batches: Sequence[Batch], attend: Callable[[Batch], Attend], loss_of: Loss, cast: Cast = nullcontext
-    ) -> tuple[Tensor, Tensor]:
+    def learn(self, work: Sequence[tuple[Batch, Attend]], loss_of: Loss, cast: Cast = nullcontext) -> tuple[Tensor, Tensor]:
         """Add the gradients of all micro-batches to the parameters of this rank.
 
         Returns the sums of what `loss_of` gives, in fp64; zeros on ranks without the last stage. `cast` is what forward passes run in.
         """
-        run = _Run(self, batches, attend, loss_of, cast, learn=True)
-        run.do(timetable(self._config, len(batches)))
+        run = _Run(self, work, loss_of, cast, learn=True)
+        run.do(timetable(self._config, len(work)))
         if self._tied:
             self._sum_tied()
         return run.loss, run.z
 
     @torch.no_grad()
-    def look(
-        self, batches: Sequence[Batch], attend: Callable[[Batch], Attend], loss_of: Loss, cast: Cast = nullcontext
-    ) -> tuple[Tensor, Tensor]:
+    def look(self, work: Sequence[tuple[Batch, Attend]], loss_of: Loss, cast: Cast = nullcontext) -> tuple[Tensor, Tensor]:
         """The same without gradients."""
-        run = _Run(self, batches, attend, loss_of, cast, learn=False)
-        run.do(timetable(self._config, len(batches), learn=False))
+        run = _Run(self, work, loss_of, cast, learn=False)
+        run.do(timetable(self._config, len(work), learn=False))
         return run.loss, run.z
 
     def idle(self, num_micros: int) -> float:
@@ -191,7 +188,7 @@ class Pipeline:
 
     def buffer(self, batch: Batch) -> Tensor:
         """For the residual stream of a batch, or its gradient."""
-        return torch.empty(batch.num_tokens // self._rows_divisor, self._width, dtype=self._dtype, device=self._device)
+        return torch.empty(batch.num_tokens // self._token_parts, self._width, dtype=self._dtype, device=self.device)
 
     def start(self, transfer: Transfer, tensor: Tensor) -> dist.Work:
         """Begin to send or to receive."""
@@ -211,18 +208,15 @@ class Pipeline:
 class _Run:
     """One walk through a timetable."""
 
-    def __init__(
-        self, pipeline: Pipeline, batches: Sequence[Batch], attend: Callable[[Batch], Attend], loss_of: Loss, cast: Cast, learn: bool
-    ):
-        self._pipeline, self._batches, self._loss_of, self._cast, self._learn = pipeline, batches, loss_of, cast, learn
-        self._attends = [attend(batch) for batch in batches]
+    def __init__(self, pipeline: Pipeline, work: Sequence[tuple[Batch, Attend]], loss_of: Loss, cast: Cast, learn: bool):
+        self._pipeline, self._work, self._loss_of, self._cast, self._learn = pipeline, work, loss_of, cast, learn
         self._coming: dict[Pass, tuple[dist.Work, Tensor]] = {}  # by the pass that needs it
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self._inputs: dict[tuple[int, int], Tensor] = {}
         self._outputs: dict[tuple[int, int], Tensor] = {}
         self._results: dict[Pass, Tensor] = {}  # that are to be sent
         self._owed: dict[tuple[int, int], Callable[[], None]] = {}
-        self.loss, self.z = (torch.zeros((), dtype=torch.float64, device=pipeline.buffer(batches[0]).device) for _ in range(2))
+        self.loss, self.z = (torch.zeros((), dtype=torch.float64, device=pipeline.device) for _ in range(2))
 
     def do(self, table: Timetable) -> None:
         """The lines of this rank; then wait until what was sent has left."""
@@ -244,7 +238,7 @@ class _Run:
             result = self._results.pop(one.made_by)
             self._sent.append((self._pipeline.start(one, result), result))
         else:
-            buffer = self._pipeline.buffer(self._batches[one.made_by.micro])
+            buffer = self._pipeline.buffer(self._work[one.made_by.micro][0])
             self._coming[Pass(one.made_by.kind, one.stage, one.made_by.micro)] = (self._pipeline.start(one, buffer), buffer)
 
     def _arrived(self, needed_by: Pass) -> Tensor | None:
@@ -255,12 +249,12 @@ class _Run:
         return buffer
 
     def _forward(self, one: Pass) -> None:
-        batch, key = self._batches[one.micro], (one.stage, one.micro)
+        (batch, attend), key = self._work[one.micro], (one.stage, one.micro)
         x_TD = self._arrived(one)
         if x_TD is not None and self._learn:
             self._inputs[key] = x_TD.requires_grad_()
         with self._cast():
-            out = self._pipeline.forward(one.stage, x_TD, batch, self._attends[one.micro])
+            out = self._pipeline.forward(one.stage, x_TD, batch, attend)
             if one.stage == self._pipeline.last:
                 out, z = self._loss_of(out, batch)
                 self.loss += out.detach()
@@ -323,19 +317,19 @@ class _Deferred(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, leaf: Linear, waiting: list[Callable[[], None]]) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
         ctx.leaf, ctx.waiting = leaf, waiting
-        return x_TD @ weight_ED.t()
+        return linear(x_TD, weight_ED)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y_TE: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_ED = ctx.saved_tensors
         ctx.waiting.append(partial(_add_gradient, ctx.leaf.weight, d_y_TE, x_TD))
-        return d_y_TE @ weight_ED, None, None, None
+        return linear(d_y_TE, weight_ED.t()), None, None, None
 
 
 @torch.no_grad()
 def _add_gradient(weight: nn.Parameter, d_y_TE: Tensor, x_TD: Tensor) -> None:
-    grad_ED = d_y_TE.t() @ x_TD
+    grad_ED = linear(d_y_TE.t(), x_TD.t())
     if weight.grad is None:
         weight.grad = grad_ED.to(weight.grad_dtype or weight.dtype)
     else:
