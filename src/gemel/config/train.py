@@ -1,8 +1,8 @@
 """A training recipe: which model learns from which data, in which steps, and what is kept of it.
 
-`[model]`, `[tokenizer]`, `[data]`, `[batch]`, `[loss]`, `[optim]`, `[precision]`, `[stability]`, `seed` and `steps` decide what comes out;
-everything else decides how fast, and what is written down. A run that was stopped goes on only with the same values of the first kind
-(`what`), but for `steps`: more of them make a run longer.
+`[model]`, `[tokenizer]`, `[data]`, `[batch]`, `[loss]`, `[optim]`, `[precision]`, `[dropout]`, `[stability]`, `seed` and `steps` decide
+what comes out; everything else decides how fast, and what is written down. A run that was stopped goes on only with the same values of the
+first kind (`what`), but for `steps`: more of them make a run longer.
 """
 
 from __future__ import annotations
@@ -216,7 +216,18 @@ class FP16(Config):
     growth_steps: PositiveInt = 2000
 
 
-Precision = Annotated[FP32 | BF16 | FP16, Field(discriminator="kind")]
+class FP8(Config):
+    """As bf16, with products of the blocks in fp8, forwards and backwards, which needs the package torchao and a GPU that has such products
+    (Micikevicius et al. 2022, arXiv 2209.05433). Worth it for large matrices, and only together with `compile`.
+
+    scaling  one scale for a whole tensor, or one for each of its rows, which loses less and costs more
+    """
+
+    kind: Literal["fp8"]
+    scaling: Literal["tensorwise", "rowwise"] = "tensorwise"
+
+
+Precision = Annotated[FP32 | BF16 | FP16 | FP8, Field(discriminator="kind")]
 
 
 class KeepActivations(Config):
@@ -245,6 +256,65 @@ class SelectiveRecompute(Config):
 
 
 Activations = Annotated[KeepActivations | RecomputeBlocks | SelectiveRecompute, Field(discriminator="kind")]
+
+
+class NoCompile(Config):
+    """The model runs as it is written."""
+
+    kind: Literal["none"] = "none"
+
+
+class CompileBlocks(Config):
+    """Blocks are compiled by torch (Ansel et al. 2024), attention apart: about a minute on a CPU, which needs a C++ compiler, for the first
+    run of its kind on a machine, seconds after that, for what was compiled is kept in the cache folder. Sums may be in another order.
+    """
+
+    kind: Literal["blocks"]
+
+
+Compile = Annotated[NoCompile | CompileBlocks, Field(discriminator="kind")]
+
+
+class Untiled(Config):
+    """Products as they are."""
+
+    kind: Literal["none"] = "none"
+
+
+class TileOutputs(Config):
+    """Large products are done in parts of their outputs, so that what is made of a weight besides itself, such as its copy in bf16, exists
+    for one part at a time (memory-centric tiling, Rajbhandari et al. 2021, arXiv 2104.07857).
+
+    match  shell pattern of the names of matrices
+    tiles  parts of each
+    """
+
+    kind: Literal["outputs"]
+    match: Annotated[str, Field(min_length=1)] = "layers.*"
+    tiles: Annotated[int, Field(ge=2)] = 4
+
+
+class TileTokens(Config):
+    """Feed-forwards take so many tokens at a time, and their inner activations, the widest of a block, are computed again for the backward
+    pass: they are there for one tile at a time (Bekman et al. 2025, arXiv 2506.13996).
+    """
+
+    kind: Literal["tokens"]
+    tokens: PositiveInt = 1024
+
+
+Tiling = Annotated[Untiled | TileOutputs | TileTokens, Field(discriminator="kind")]
+
+
+class DropoutConfig(Config):
+    """What share of numbers is zero, others at random in every step, the rest as much larger (Srivastava et al. 2014). Not when validating.
+
+    embedding  of what enters the first block
+    residual   of what attention and feed-forward add to the stream
+    """
+
+    embedding: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    residual: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class Resident(Config):
@@ -318,13 +388,40 @@ class SaveConfig(Config):
     asynchronous: bool = True
 
 
-class MetricsConfig(Config):
-    """What is written down beside metrics.jsonl, which has a line for every step.
+class WandbConfig(Config):
+    """Weights & Biases. A run that goes on is the same run there.
 
-    tensorboard  event files too (needs the package tensorboard)
+    name  of the run; None takes that of its folder
+    mode  offline writes files for `wandb sync`
+    """
+
+    project: Annotated[str, Field(min_length=1)]
+    entity: str | None = None
+    name: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class MLflowConfig(Config):
+    """MLflow. A run that goes on is the same run there.
+
+    uri   of the tracking server, or a folder; None takes MLflow's own setting
+    name  of the run; None takes that of its folder
+    """
+
+    experiment: Annotated[str, Field(min_length=1)]
+    uri: str | None = None
+    name: str | None = None
+
+
+class MetricsConfig(Config):
+    """What is written down beside metrics.jsonl, which has a line for every step. Each needs the package of its name.
+
+    tensorboard  event files
     """
 
     tensorboard: bool = False
+    wandb: WandbConfig | None = None
+    mlflow: MLflowConfig | None = None
 
 
 class TrainRecipe(Config):
@@ -347,6 +444,9 @@ class TrainRecipe(Config):
     precision: Precision = FP32()
     activations: Activations = KeepActivations()
     offload: OffloadConfig = OffloadConfig()
+    tiling: Tiling = Untiled()
+    compile: Compile = NoCompile()
+    dropout: DropoutConfig = DropoutConfig()
     stability: StabilityConfig = StabilityConfig()
     validation: ValidationConfig = ValidationConfig()
     save: SaveConfig = SaveConfig()
@@ -366,8 +466,17 @@ class TrainRecipe(Config):
         sources = (*self.data.train, *self.data.validation)
         if isinstance(self.tokenizer, LearntTokenizer) and not any(isinstance(source, DocumentSource) for source in sources):
             raise ValueError("tokenizer.kind = 'learnt' needs a source of kind 'documents' to learn from; there is none")
-        if self.optim.weights != "fp32" and not isinstance(self.precision, BF16):
+        if self.optim.weights != "fp32" and not isinstance(self.precision, BF16 | FP8):
             raise ValueError(f"optim.weights = {self.optim.weights!r} keeps parameters in bf16, which needs precision.kind = 'bf16'")
+        if isinstance(self.compile, CompileBlocks) and isinstance(self.activations, SelectiveRecompute):
+            raise ValueError(
+                "activations.kind = 'selective' chooses among operations that a compiled block does not show, and compiling chooses by "
+                "itself what to keep; set activations.kind = 'none' or 'recompute', or leave compile out"
+            )
+        if isinstance(self.compile, CompileBlocks) and not isinstance(self.tiling, Untiled):
+            raise ValueError("tiling has no place in compiled blocks, where other kernels do the products; leave tiling or compile out")
+        if isinstance(self.precision, FP8) and isinstance(self.tiling, TileOutputs):
+            raise ValueError("tiling.kind = 'outputs' and precision.kind = 'fp8' both say how products are done; leave one of them out")
         self._check_offload()
         if (self.save.best or self.validation.patience) and not (self.data.validation or self.data.holdout):
             name = "save.best" if self.save.best else "validation.patience"
@@ -389,7 +498,7 @@ class TrainRecipe(Config):
 
     def what(self) -> dict[str, Any]:
         """All that decides the numbers that come out, but for how many steps there are."""
-        decides = {"model", "tokenizer", "data", "batch", "loss", "optim", "precision", "stability", "seed"}
+        decides = {"model", "tokenizer", "data", "batch", "loss", "optim", "precision", "dropout", "stability", "seed"}
         values = self.model_dump(mode="json", include=decides)
         values["batch"].pop("micro_tokens")
         return values

@@ -295,7 +295,6 @@ class Homes:
         for name, module in model.named_children():
             if name != "layers":
                 module.to(device)
-        _visits(home, model)
         return model
 
     def whole(self, loaded: LoadedModel) -> LoadedModel:
@@ -332,6 +331,12 @@ def _home(what: str, config: Resident | ToMemory | ToDisk, device: torch.device,
 
 
 # --- blocks ------------------------------------------------------------------------------------------------------------------------------
+
+
+def apply(homes: Homes, model: Model) -> None:
+    """Make blocks whose parameters live elsewhere call them."""
+    if homes.parameters is not None:
+        _visits(homes.parameters, model)
 
 
 def _visits(home: Home, model: Model) -> None:

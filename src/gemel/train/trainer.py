@@ -19,8 +19,7 @@ from torch import Tensor
 from gemel.config.train import TrainRecipe
 from gemel.model.attend import PackedAttend
 from gemel.model.build import LoadedModel
-from gemel.model.leaves.linear import Linear
-from gemel.train import optim, precision, recompute, schedule, stability
+from gemel.train import optim, precision, rewrite, schedule, stability
 from gemel.train.batch import Batch
 from gemel.train.flops import Flops
 from gemel.train.loader import Step
@@ -64,12 +63,10 @@ class Trainer:
         self._recipe, self.loaded, self._device = recipe, loaded, device
         self._homes = Homes.of(recipe.offload, device, recipe.out / "work" / "offload")
         self._model = self._homes.place(loaded.model, device)
-        recompute.apply(recipe.activations, self._model)
+        rewrite.apply(recipe, self._model, device, self._homes)
         self._named = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        leaves = {name: module for name, module in self._model.named_modules() if isinstance(module, Linear)}
-        self._optimizer = optim.build(
-            recipe.optim, self._named.items(), {f"{name}.weight": x.sections for name, x in leaves.items()}, self._homes
-        )
+        sections = {f"{name}.weight": x.sections for name, x in self._model.named_modules() if hasattr(x, "sections")}
+        self._optimizer = optim.build(recipe.optim, self._named.items(), sections, self._homes)
         if recipe.batch.micro_sequences < recipe.batch.sequences:
             precision.add_up_in_fp32(self._named.values())
         self.dtype = precision.parameter_dtype(recipe.optim)
