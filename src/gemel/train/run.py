@@ -18,10 +18,10 @@ from gemel.model import build
 from gemel.model.build import LoadedModel
 from gemel.model.model import Model
 from gemel.tokenizer.tokenizer import Tokenizer
-from gemel.train import precision
+from gemel.train import precision, trackers
 from gemel.train.checkpoint import Checkpoints, Found
 from gemel.train.loader import Loader
-from gemel.train.loop import Loop, Result
+from gemel.train.loop import Loop, Result, Watch
 from gemel.train.metrics import Metrics
 from gemel.train.prepare import Preparation
 from gemel.train.progress import Progress
@@ -30,8 +30,18 @@ from gemel.train.trainer import Trainer
 RECIPE = "run.toml"
 
 
-def run(recipe: TrainRecipe, peak_flops_per_s: float | None = None, quiet: bool = False) -> Result:
-    """Do what is missing of a run. `peak_flops_per_s` is what utilization is measured against."""
+def run(
+    recipe: TrainRecipe,
+    peak_flops_per_s: float | None = None,
+    quiet: bool = False,
+    watch: Watch | None = None,
+    prepared: Path | None = None,
+) -> Result:
+    """Do what is missing of a run. `peak_flops_per_s` is what utilization is measured against.
+
+    `watch` is asked after every look at the validation data whether to give up. `prepared` is a folder for learnt tokenizers and tokenized
+    data, if that is not the run's own: several runs, one after the other, can share it.
+    """
     device = device_of(recipe)
     torch.manual_seed(recipe.seed)
     if recipe.threads is not None:
@@ -39,7 +49,7 @@ def run(recipe: TrainRecipe, peak_flops_per_s: float | None = None, quiet: bool 
     recipe.out.mkdir(parents=True, exist_ok=True)
     with manifest.Lock(recipe.out, shared=False):
         progress = Progress(recipe.steps, peak_flops_per_s, quiet)
-        preparation = Preparation(recipe, progress, quiet)
+        preparation = Preparation(recipe, progress, quiet, prepared)
         tokenizer = preparation.tokenizer()
         training, validation = preparation.sources(tokenizer)
         with Checkpoints(recipe.out, recipe.save, tokenizer) as checkpoints:
@@ -48,8 +58,8 @@ def run(recipe: TrainRecipe, peak_flops_per_s: float | None = None, quiet: bool 
             trainer = Trainer(recipe, _model(recipe, tokenizer, found), device)
             loader = Loader(training, recipe.batch)
             num_bytes = 0 if found is None else found.state["metrics_bytes"]
-            with Metrics(recipe.out, num_bytes, peak_flops_per_s, recipe.metrics.tensorboard) as metrics:
-                loop = Loop(recipe, trainer, loader, validation, checkpoints, metrics, progress)
+            with Metrics(recipe.out, num_bytes, peak_flops_per_s, trackers.of(recipe)) as metrics:
+                loop = Loop(recipe, trainer, loader, validation, checkpoints, metrics, progress, watch)
                 if found is not None:
                     loop.resume(found)
                     progress.say(f"going on from step {found.step} in {recipe.out}")

@@ -341,7 +341,12 @@ def put(values: dict[str, Any], setting: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    *outer, last = key.strip().split(".")
+    place(values, key.strip(), value, setting)
+
+
+def place(values: dict[str, Any], key: str, value: Any, setting: str) -> None:
+    """Put a value at `a.b.0.c` of nested tables. `setting` is what messages call it."""
+    *outer, last = key.split(".")
     inner: Any = values
     for part in outer:
         inner = _member(inner, part, setting) if isinstance(inner, list) else inner.setdefault(part, {})

@@ -30,7 +30,7 @@ from gemel.train.optim import Optimizer
 from gemel.train.parallel import data, layout, sharded, tensor, vocabulary
 from gemel.train.parallel.collectives import enter
 from gemel.train.parallel.context import Layout, RingAttend, UlyssesAttend, check_heads
-from gemel.train.parallel.data import Gradients
+from gemel.train.parallel.data import Gradients, Write
 from gemel.train.parallel.layout import Held
 from gemel.train.parallel.mesh import Mesh
 from gemel.train.parallel.pipeline import Pipeline
@@ -164,12 +164,12 @@ class Ranks:
         held = ((self._held(name, name, x), x) for name, x in pieces.items() if self.gradients.pieces[name].speaks)
         return layout.gather(held, self._cuts, self._mesh)
 
-    def put(self, weights: Model) -> None:
-        """Other weights, of the same model as a whole."""
+    def put(self, weights: Model, write: Write) -> None:
+        """Other weights, of the same model as a whole. `write` changes a tensor, wherever it lives."""
         for name in self._names:
             part = self._cuts[name].part(weights.get_parameter(name).detach(), self._mesh.tensor.rank, self._mesh.tensor.size)
             assert part is not None
-            self.gradients.put(name, part)
+            self.gradients.put(name, part, write)
 
     def whole_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """What the optimizer of one process would have to save, on rank 0; elsewhere nothing. All ranks must call it."""
