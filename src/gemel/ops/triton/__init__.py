@@ -1,9 +1,9 @@
-"""The operations of training on GPUs, in Triton: names, arguments and results are those of `gemel.ops.train`, whose torch versions are the
-truth here too.
+"""The operations of training on GPUs, in Triton (Tillet, Kung and Cox 2019): names, arguments and results are those of `gemel.ops.train`,
+whose torch versions are the truth here too.
 
-Nothing is autotuned. What a tuner picks depends on the noise of its timings, and the order of sums depends on what it picks: two runs of one
-recipe would differ, and a resumed run from an uninterrupted one. Tile sizes are constants with reasons, sums across programs are done in a
-fixed order and never by atomics, so results are the same bits every time, on one kind of GPU as on another of the same instructions.
+Nothing is autotuned. What a tuner picks depends on the noise of its timings, and the order of sums on what it picks: two runs of one
+recipe would differ, and a resumed run from an uninterrupted one. Tile sizes are constants with reasons, and sums across programs are done
+in a fixed order, never by atomics, so that a GPU gives the same bits every time.
 
 Triton is optional: without it, or on devices that it does not compile for, torch does the work, and `gemel doctor` says so. Importing this
 package imports neither triton nor the kernels; that waits for the first tensors that they can take.
@@ -35,8 +35,11 @@ CAPABILITY = (8, 0)  # the oldest that Triton supports; bf16 products came with 
 _MODULES = {
     "packed_attention": "attention",
     "head_cross_entropy": "head_loss",
-    **dict.fromkeys(("rms_norm", "add_rms_norm"), "norm"),
-    **{"rope": "rotary", "swiglu": "activation", "adamw": "optimizer"},
+    "rms_norm": "norm",
+    "add_rms_norm": "norm",
+    "rope": "rotary",
+    "swiglu": "activation",
+    "adamw": "optimizer",
 }
 
 

@@ -38,7 +38,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-def _tile(width: int, itemsize: int, *, back: bool) -> Tile:
+def tile_for(width: int, itemsize: int, *, back: bool) -> Tile:
     """Sizes for heads of this width: as large as registers and shared memory allow."""
     if itemsize == 4:
         return Tile(64, 32, 4, 1) if width <= 64 else Tile(32, 32, 4, 1) if width <= 128 else Tile(16, 16, 4, 1)
@@ -308,7 +308,7 @@ class _PackedAttention(torch.autograd.Function):
         q_TNH, k_TKH, v_TKH = map(dense_tokens, (q_TNH, k_TKH, v_TKH))
         num_tokens, num_heads, width = q_TNH.shape
         how = _how(q_TNH, k_TKH, window, slopes_N)
-        tile = _tile(how["BLOCK"], q_TNH.itemsize, back=False)
+        tile = tile_for(how["BLOCK"], q_TNH.itemsize, back=False)
         tiles = _tiles(starts, tile.queries, q_TNH.device, of_keys=False)
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
         lse_NT = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q_TNH.device)
@@ -327,7 +327,7 @@ class _PackedAttention(torch.autograd.Function):
         q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, slopes_N = ctx.saved_tensors
         d_out_TNH = dense_tokens(d_out_TNH)
         num_tokens, num_heads, width = q_TNH.shape
-        tile = _tile(ctx.how["BLOCK"], q_TNH.itemsize, back=True)
+        tile = tile_for(ctx.how["BLOCK"], q_TNH.itemsize, back=True)
         d_q_TNH, d_k_TKH, d_v_TKH = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_TNH, k_TKH, v_TKH))
         delta_NT, scale = torch.empty_like(lse_NT), width**-0.5
         ld = (num_tokens, q_TNH.stride(0), k_TKH.stride(0), v_TKH.stride(0))

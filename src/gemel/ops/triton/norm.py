@@ -77,7 +77,7 @@ def _backward(
 ):
     share, columns = tl.program_id(0), tl.arange(0, BLOCK)
     scale = tl.load(scale_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
-    d_scale = tl.zeros([BLOCK], tl.float32)
+    d_scale = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(share * ROWS, num_rows, tl.num_programs(0) * ROWS):
         rows = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
@@ -86,17 +86,17 @@ def _backward(
         d_y = tl.load(d_y_ptr + (token * d_y_ld + head)[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         factor = tl.load(factor_ptr + rows, mask=rows < num_rows, other=0.0)
         normed, slope = x * factor[:, None], d_y * scale[None, :]
-        d_scale += tl.sum(d_y * normed, axis=0)
+        d_scale += d_y * normed
         d_x = (slope - normed * (tl.sum(slope * normed, axis=1) / width)[:, None]) * factor[:, None]
         if ADD:
             past = d_sum_ptr + (token * d_sum_ld + head)[:, None] + columns[None, :]
             d_x += tl.load(past, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_x_ptr + (rows * width)[:, None] + columns[None, :], d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
-    tl.store(d_scale_ptr + share * width + columns, d_scale, mask=columns < width)
+    tl.store(d_scale_ptr + share * width + columns, tl.sum(d_scale, axis=0), mask=columns < width)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x**2) + eps) * weight over the last axis of [T, D] or [T, M, D]."""
+    """Over the last axis of [T, D] or [T, M, D]: x / sqrt(mean(x**2) + eps) * weight."""
     if not _fits(x, weight_D):
         return reference.rms_norm(x, weight_D, eps)
     _, y = _RMSNorm.apply(x, None, weight_D, eps)  # type: ignore[no-untyped-call]
