@@ -23,20 +23,25 @@ if TYPE_CHECKING:
     from gemel.ops.triton.activation import swiglu
     from gemel.ops.triton.attention import packed_attention
     from gemel.ops.triton.head_loss import head_cross_entropy
-    from gemel.ops.triton.norm import add_rms_norm, rms_norm
+    from gemel.ops.triton.norm import rms_norm
     from gemel.ops.triton.optimizer import adamw
     from gemel.ops.triton.rotary import rope
 
-__all__ = ["adamw", "add_rms_norm", "head_cross_entropy", "packed_attention", "rms_norm", "rope", "swiglu", "takes", "why_not"]
+__all__ = ["COSTLY", "adamw", "head_cross_entropy", "packed_attention", "rms_norm", "rope", "swiglu", "takes", "why_not"]
 
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the oldest that Triton supports; bf16 products came with it
+
+# Attention is an operator of torch, for those who decide operator by operator what is kept and what is computed again.
+torch.library.define(
+    "gemel::packed_attention_triton", "(Tensor q, Tensor k, Tensor v, int[] starts, int window, Tensor? slopes) -> (Tensor, Tensor)"
+)
+COSTLY = (torch.ops.gemel.packed_attention_triton.default,)
 
 _MODULES = {
     "packed_attention": "attention",
     "head_cross_entropy": "head_loss",
     "rms_norm": "norm",
-    "add_rms_norm": "norm",
     "rope": "rotary",
     "swiglu": "activation",
     "adamw": "optimizer",
@@ -52,9 +57,9 @@ def __getattr__(name: str) -> Any:
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether the operations can take these tensors: plain ones on one GPU, all of one type of `FORMATS`, not empty."""
+    """Whether the operations can take these tensors: plain ones on one GPU, all of one of `FORMATS`, not empty, not being compiled."""
     first = next(tensor for tensor in tensors if tensor is not None)
-    if first.device.type != "cuda" or first.dtype not in FORMATS or why_not(first.device) is not None:
+    if first.device.type != "cuda" or first.dtype not in FORMATS or torch.compiler.is_compiling() or why_not(first.device) is not None:
         return False
     return all(
         type(tensor) in (Tensor, torch.nn.Parameter)

@@ -1,4 +1,4 @@
-"""SwiGLU, forward and backward. Both read gate and up once; the backward pass computes silu again, so only the input is kept."""
+"""SwiGLU, forward and backward. Each reads gate and up once."""
 
 from __future__ import annotations
 
@@ -39,10 +39,13 @@ def _backward(x_ptr, d_y_ptr, d_x_ptr, width, x_ld, d_y_ld, BLOCK: tl.constexpr)
 
 def swiglu(gate_up_T2F: Tensor) -> Tensor:
     """silu(gate) * up over [T, 2F], gate first. Returns [T, F]."""
-    return _SwiGLU.apply(gate_up_T2F)  # type: ignore[no-untyped-call, no-any-return]
+    y_TF: Tensor = _SwiGLU.apply(gate_up_T2F)
+    return y_TF
 
 
 class _SwiGLU(torch.autograd.Function):
+    """Keeps its input and computes silu again."""
+
     @staticmethod
     def forward(ctx: Any, gate_up_T2F: Tensor) -> Tensor:
         gate_up_T2F = dense_tokens(gate_up_T2F)
@@ -56,7 +59,7 @@ class _SwiGLU(torch.autograd.Function):
         return y_TF
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, d_y_TF: Tensor) -> Tensor:
         (gate_up_T2F,) = ctx.saved_tensors
         d_y_TF = dense_tokens(d_y_TF)

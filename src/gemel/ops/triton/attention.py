@@ -288,75 +288,107 @@ def _queries_of(end, first, window, WINDOWED: tl.constexpr, QUERIES: tl.constexp
 def packed_attention(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts: Sequence[int], window: int | None = None, slopes_N: Tensor | None = None
 ) -> Tensor:
-    """Causal attention within documents that are packed end to end: document d is tokens starts[d] to starts[d + 1]. Returns [T, N, H].
+    """Causal attention within documents that are packed end to end, see `gemel.ops.train.packed_attention`. Returns [T, N, H].
 
-    As `gemel.ops.train.packed_attention`. Products of fp32 are done in TF32 where torch is allowed to do so.
+    Products of fp32 are done in TF32 where torch may do that.
     """
-    assert starts[0] == 0 and starts[-1] == len(q_TNH), f"documents are from {starts[0]} to {starts[-1]}, there are {len(q_TNH)} tokens"
     if q_TNH.shape[-1] > MAX_WIDTH:
         return torch.cat([attention(q_TNH[a:b], k_TKH[a:b], v_TKH[a:b], window=window, slopes_N=slopes_N) for a, b in pairwise(starts)])
     if slopes_N is not None:
         slopes_N = slopes_N.to(q_TNH.device, torch.float32, non_blocking=True) * LOG2_E
-    return _PackedAttention.apply(q_TNH, k_TKH, v_TKH, tuple(starts), window, slopes_N)  # type: ignore[no-untyped-call, no-any-return]
+    out_TNH: Tensor = _PackedAttention.apply(q_TNH, k_TKH, v_TKH, tuple(starts), window or 0, slopes_N)
+    return out_TNH
 
 
 class _PackedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts: tuple[int, ...], window: int | None, slopes_N: Tensor | None
-    ) -> Tensor:
-        q_TNH, k_TKH, v_TKH = map(dense_tokens, (q_TNH, k_TKH, v_TKH))
-        num_tokens, num_heads, width = q_TNH.shape
-        how = _how(q_TNH, k_TKH, window, slopes_N)
-        tile = tile_for(how["BLOCK"], q_TNH.itemsize, back=False)
-        tiles = _tiles(starts, tile.queries, q_TNH.device, of_keys=False)
-        out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
-        lse_NT = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q_TNH.device)
-        ld = (num_tokens, q_TNH.stride(0), k_TKH.stride(0), v_TKH.stride(0), out_TNH.stride(0))
-        with on_device_of(q_TNH):
-            _forward[num_heads, len(tiles)](
-                *(q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, tiles, slopes_N), *ld, LOG2_E * width**-0.5, window or 0, **how, **_sizes(tile)
-            )
-        ctx.save_for_backward(q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, slopes_N)
-        ctx.starts, ctx.window, ctx.how = starts, window or 0, how
-        return out_TNH
+    """Keeps queries, keys, values, outputs, and one number per query and head."""
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    def forward(
+        ctx: Any, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts: tuple[int, ...], window: int, slopes_N: Tensor | None
+    ) -> Tensor:
+        q_TNH, k_TKH, v_TKH = map(dense_tokens, (q_TNH, k_TKH, v_TKH))
+        out_TNH, lse_NT = torch.ops.gemel.packed_attention_triton(q_TNH, k_TKH, v_TKH, starts, window, slopes_N)
+        ctx.save_for_backward(q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, slopes_N)
+        ctx.starts, ctx.window = starts, window
+        result: Tensor = out_TNH
+        return result
+
+    @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out_TNH: Tensor) -> tuple[Tensor | None, ...]:
         q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, slopes_N = ctx.saved_tensors
         d_out_TNH = dense_tokens(d_out_TNH)
-        num_tokens, num_heads, width = q_TNH.shape
-        tile = tile_for(ctx.how["BLOCK"], q_TNH.itemsize, back=True)
-        d_q_TNH, d_k_TKH, d_v_TKH = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_TNH, k_TKH, v_TKH))
-        delta_NT, scale = torch.empty_like(lse_NT), width**-0.5
-        ld = (num_tokens, q_TNH.stride(0), k_TKH.stride(0), v_TKH.stride(0))
-        bent = (d_out_TNH.stride(0), LOG2_E * scale, ctx.window, scale)
-        with on_device_of(q_TNH):
-            tiles = _tiles(ctx.starts, tile.queries, q_TNH.device, of_keys=False)
-            _backward_queries[num_heads, len(tiles)](
-                *(q_TNH, k_TKH, v_TKH, out_TNH, d_out_TNH, lse_NT, delta_NT, d_q_TNH, tiles, slopes_N),
-                *(*ld, out_TNH.stride(0), *bent),
-                **ctx.how,
-                **_sizes(tile),
-            )
-            tiles = _tiles(ctx.starts, tile.keys, q_TNH.device, of_keys=True)
-            _backward_keys[k_TKH.shape[1], len(tiles)](
-                *(q_TNH, k_TKH, v_TKH, d_out_TNH, lse_NT, delta_NT, d_k_TKH, d_v_TKH, tiles, slopes_N),
-                *(*ld, d_k_TKH.stride(0), *bent),
-                **ctx.how,
-                **_sizes(tile),
-            )
-        return d_q_TNH, d_k_TKH, d_v_TKH, None, None, None
+        gradients = _attend_back(q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, slopes_N, d_out_TNH, ctx.starts, ctx.window)
+        return *gradients, None, None, None
 
 
-def _how(q_TNH: Tensor, k_TKH: Tensor, window: int | None, slopes_N: Tensor | None) -> dict[str, Any]:
+def _attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts: list[int], window: int, slopes_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Outputs [T, N, H], and base-2 logarithms of the sums of softmax [N, T]. `slopes_N` are those of base-2 scores; window 0 is none."""
+    num_tokens, num_heads, width = q_TNH.shape
+    how = _how(q_TNH, k_TKH, window, slopes_N)
+    tile = tile_for(how["BLOCK"], q_TNH.itemsize, back=False)
+    tiles = _tiles(tuple(starts), tile.queries, q_TNH.device, of_keys=False)
+    out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+    lse_NT = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q_TNH.device)
+    with on_device_of(q_TNH):
+        _forward[num_heads, len(tiles)](
+            *(q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, tiles, slopes_N),
+            *(num_tokens, q_TNH.stride(0), k_TKH.stride(0), v_TKH.stride(0), out_TNH.stride(0)),
+            *(LOG2_E * width**-0.5, window),
+            **how,
+            **_sizes(tile),
+        )
+    return out_TNH, lse_NT
+
+
+torch.library.impl("gemel::packed_attention_triton", "CompositeExplicitAutograd", _attend)
+
+
+def _attend_back(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    out_TNH: Tensor,
+    lse_NT: Tensor,
+    slopes_N: Tensor | None,
+    d_out_TNH: Tensor,
+    starts: tuple[int, ...],
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and values."""
+    num_tokens, num_heads, width = q_TNH.shape
+    how, scale = _how(q_TNH, k_TKH, window, slopes_N), width**-0.5
+    tile = tile_for(how["BLOCK"], q_TNH.itemsize, back=True)
+    d_q_TNH, d_k_TKH, d_v_TKH = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_TNH, k_TKH, v_TKH))
+    delta_NT = torch.empty_like(lse_NT)
+    ld = num_tokens, q_TNH.stride(0), k_TKH.stride(0), v_TKH.stride(0)
+    last = d_out_TNH.stride(0), LOG2_E * scale, window, scale
+    with on_device_of(q_TNH):
+        tiles = _tiles(starts, tile.queries, q_TNH.device, of_keys=False)
+        _backward_queries[num_heads, len(tiles)](
+            *(q_TNH, k_TKH, v_TKH, out_TNH, d_out_TNH, lse_NT, delta_NT, d_q_TNH, tiles, slopes_N),
+            *(*ld, out_TNH.stride(0), *last),
+            **how,
+            **_sizes(tile),
+        )
+        tiles = _tiles(starts, tile.keys, q_TNH.device, of_keys=True)
+        _backward_keys[k_TKH.shape[1], len(tiles)](
+            *(q_TNH, k_TKH, v_TKH, d_out_TNH, lse_NT, delta_NT, d_k_TKH, d_v_TKH, tiles, slopes_N),
+            *(*ld, d_k_TKH.stride(0), *last),
+            **how,
+            **_sizes(tile),
+        )
+    return d_q_TNH, d_k_TKH, d_v_TKH
+
+
+def _how(q_TNH: Tensor, k_TKH: Tensor, window: int, slopes_N: Tensor | None) -> dict[str, Any]:
     """What the kernels are compiled for."""
     narrow_products = q_TNH.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return {
         "GROUP": q_TNH.shape[1] // k_TKH.shape[1],
         "ALIBI": slopes_N is not None,
-        "WINDOWED": window is not None,
+        "WINDOWED": window > 0,
         "PRECISION": "tf32" if narrow_products else "ieee",
         "WIDTH": q_TNH.shape[2],
         "BLOCK": max(triton.next_power_of_2(q_TNH.shape[2]), 16),

@@ -69,24 +69,13 @@ def head_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Two fp32 scalars: the sum over tokens of weight * (cross-entropy + z_loss * logsumexp**2), and how much of it is the second term.
 
-    As `gemel.ops.train.head_cross_entropy`; products are done in the type of the tensors, or autocast's. Raises IndexError for a target of
-    a trained token that is no id.
+    Only the first can be differentiated. All tokens are trained ones, and their targets are ids: `gemel.ops.train.head_cross_entropy` has
+    seen to that.
     """
-    kind = hidden_TD.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
-    trained = weights_T.nonzero()[:, 0]
-    if len(trained) < len(weights_T):
-        hidden_TD, targets_T, weights_T = hidden_TD[trained], targets_T[trained], weights_T[trained]
-    if len(trained):
-        low, high = torch.stack(targets_T.aminmax()).tolist()
-        if low < 0 or high >= len(weight_VD):
-            raise IndexError(f"targets are from {low} to {high}, the vocabulary has {len(weight_VD)} entries")
-    with torch.autocast(kind, enabled=False):
-        return _HeadCrossEntropy.apply(  # type: ignore[no-untyped-call, no-any-return]
-            hidden_TD, weight_VD, targets_T.contiguous(), weights_T.float().contiguous(), z_loss, label_smoothing, torch.is_grad_enabled()
-        )
+    loss, z = _HeadCrossEntropy.apply(
+        hidden_TD, weight_VD, targets_T.contiguous(), weights_T.float().contiguous(), z_loss, label_smoothing, torch.is_grad_enabled()
+    )
+    return loss, z
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
@@ -120,7 +109,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return loss, z
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # Whether the scale is 1, as it mostly is, is on the device; asking would wait for all that is queued there.
         d_hidden_TD, d_weight_VD = ctx.saved_tensors
@@ -134,7 +123,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
 def _slices(num_tokens: int, weight_VD: Tensor) -> list[slice]:
     """Equal shares of the tokens whose logits are at most `SLICE_BYTES`."""
     most = max(SLICE_BYTES // (weight_VD.itemsize * len(weight_VD)), 1)
-    size = triton.cdiv(num_tokens, triton.cdiv(num_tokens, most)) if num_tokens else 1
+    size = triton.cdiv(num_tokens, triton.cdiv(num_tokens, most))
     return [slice(start, start + size) for start in range(0, num_tokens, size)]
 
 

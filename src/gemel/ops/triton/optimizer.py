@@ -73,16 +73,15 @@ def _step(
 def adamw(tensors: Sequence[Moved], *, rate: float, betas: tuple[float, float], eps: float, step: int, gradient_scale: float = 1.0) -> None:
     """One step of AdamW over all tensors, in place; steps count from 1. As `gemel.ops.train.adamw`, whose `Moved` says what moves.
 
-    All tensors are contiguous and on one device; weights are fp32, or narrow images of fp32 masters, and moments are fp32.
+    All tensors are contiguous; weights are fp32, or narrow images of fp32 masters, and moments are fp32.
     """
-    groups: dict[tuple[torch.dtype, torch.dtype, bool], list[Moved]] = {}
+    groups: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], list[Moved]] = {}
     for one in tensors:
-        groups.setdefault((one.weight.dtype, one.gradient.dtype, one.master is not None), []).append(one)
+        groups.setdefault((one.weight.device, one.weight.dtype, one.gradient.dtype, one.master is not None), []).append(one)
     beta1, beta2 = betas
     # Roots of corrected and uncorrected second moments differ by a factor, which the first moment's correction joins in the rate.
     scalars = (1 - beta1, beta2, 1 - beta2, eps, rate / (1 - beta1**step), (1 - beta2**step) ** -0.5, gradient_scale)
-    for (weight, gradient, master), group in groups.items():
-        device = group[0].weight.device
+    for (device, weight, gradient, master), group in groups.items():
         sizes, pieces = _pieces(tuple(one.weight.numel() for one in group), device)
         addresses = torch.tensor([_addresses(one) for one in group])
         kept = torch.tensor([1 - rate * one.decay for one in group], dtype=torch.float32)

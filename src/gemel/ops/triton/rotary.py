@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gemel import ops as reference
 from gemel.ops.triton.launch import dense_tokens, on_device_of, warps
 
 TILE = 2048  # numbers of one token that a program rotates: as many heads as that makes, which share their angles
@@ -52,13 +51,13 @@ def _turn(
 
 def rope(x_TMH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
     """Pair (i, i + H/2) of every head rotated by its angle, sines signed as in `ops.rope_table`. The angles get no gradient."""
-    angles_fit = x_TMH.dim() == 3 and cos_T1H.shape == sin_T1H.shape == (len(x_TMH), 1, x_TMH.shape[-1]) and x_TMH.shape[-1] % 2 == 0
-    if not angles_fit or cos_T1H.requires_grad or sin_T1H.requires_grad:
-        return reference.rope(x_TMH, cos_T1H, sin_T1H)
-    return _Rope.apply(x_TMH, cos_T1H, sin_T1H)  # type: ignore[no-untyped-call, no-any-return]
+    y_TMH: Tensor = _Rope.apply(x_TMH, cos_T1H, sin_T1H)
+    return y_TMH
 
 
 class _Rope(torch.autograd.Function):
+    """Keeps the angles, which all layers share."""
+
     @staticmethod
     def forward(ctx: Any, x_TMH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
         angles = dense_tokens(cos_T1H), dense_tokens(sin_T1H)
@@ -66,7 +65,7 @@ class _Rope(torch.autograd.Function):
         return _turned(x_TMH, *angles, back=False)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, d_y_TMH: Tensor) -> tuple[Tensor | None, ...]:
         return _turned(d_y_TMH, *ctx.saved_tensors, back=True), None, None
 
