@@ -21,12 +21,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from gemel.config.train import Activations, KeepActivations, RecomputeBlocks, SelectiveRecompute
 from gemel.model.attend import Attend
 from gemel.model.attention import Rotation
+from gemel.ops import triton
 from gemel.ops.cpu import autograd
 
 aten = torch.ops.aten
 # Costly for what they return: products with weights, and attention, whose recomputation would grow with the square of a document.
 COSTLY = {
     *autograd.COSTLY,
+    *triton.COSTLY,
     aten.mm.default,
     aten.addmm.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
