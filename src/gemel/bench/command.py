@@ -269,9 +269,8 @@ def train(args: argparse.Namespace) -> int:
     changes = train_levers.figures(levers, results[0], results[1:], work) if levers else []
     if not args.json:
         here, limits = machine.describe(), said["limits"]
-        print(
-            f"{args.shape}, {args.precision}, {work.num_sequences} x {shape.length} tokens per step, {here.cpu}, load average {here.load:.1f}"
-        )
+        size = f"{work.num_sequences} x {shape.length} tokens per step"
+        print(f"{args.shape}, {args.precision}, {size}, {here.cpu}, load average {here.load:.1f}")
         print(f"limits measured just now: multiply {limits['peak_flops_per_s'] / 1e9:.0f} GFLOP/s, ", end="")
         print(f"read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s")
         print(f"planned: {said['plan']['tokens_per_s']:,.0f} tokens/s, {said['plan']['peak_bytes'] / 1e6:,.0f} MB\n")
