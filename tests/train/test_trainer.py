@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemel.config.train import TrainRecipe
 from gemel.model.build import LoadedModel, load
+from gemel.ops import train
+from gemel.ops.cpu import training
 from gemel.train.batch import Batch
 from gemel.train.loader import Step
 from gemel.train.trainer import Trainer
@@ -156,7 +158,8 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_selective_recomputes_only_what_is_cheap(tmp_path: Path) -> None:
+def test_selective_recomputes_only_what_is_cheap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "kernels", lambda: None)
     counts = {}
     for kind in ("none", "selective", "recompute"):
         with Calls() as calls:
@@ -167,6 +170,24 @@ def test_selective_recomputes_only_what_is_cheap(tmp_path: Path) -> None:
     assert times == {"none": (1, 1), "selective": (1, 2), "recompute": (2, 2)}
     products = {kind: found[torch.ops.aten.mm.default] for kind, found in counts.items()}
     assert products["none"] == products["selective"] < products["recompute"]
+
+
+def test_selective_recomputes_only_what_is_cheap_natively(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if training.kernels() is None:
+        pytest.skip("the kernels are not compiled")
+    monkeypatch.setattr(train, "products_are_native", lambda _: True)
+    call, counts = training.Kernels._call, {}
+    for kind in ("none", "selective", "recompute"):
+        calls: Counter[str] = Counter()
+        monkeypatch.setattr(training.Kernels, "_call", lambda self, name, *args, to=calls: (to.update([name]), call(self, name, *args))[1])
+        gradients(trainer(tmp_path, activations={"kind": kind}), runs.batch(*DOCUMENTS))
+        counts[kind] = calls
+    layers, products = 2, 4
+    extra = {kind: found - counts["none"] for kind, found in counts.items()}
+    norms = {"gemel_rms_norm_forward": 2 * layers, "gemel_rope_turn": layers, "gemel_swiglu_run": layers}
+    costly = {"gemel_gemm": layers * products, "gemel_packed_attention_forward": layers}
+    assert extra["selective"] == norms
+    assert extra["recompute"] == norms | costly
 
 
 def test_a_step_moves_the_weights_as_the_optimizer_says(tmp_path: Path) -> None:

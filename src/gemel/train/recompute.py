@@ -22,10 +22,12 @@ from gemel.config.train import Activations, KeepActivations, RecomputeBlocks, Se
 from gemel.model.attend import Attend
 from gemel.model.attention import Rotation
 from gemel.model.model import Model
+from gemel.ops.cpu import autograd
 
 aten = torch.ops.aten
 # Costly for what they return: products with weights, and attention, whose recomputation would grow with the square of a document.
 COSTLY = {
+    *autograd.COSTLY,
     aten.mm.default,
     aten.addmm.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gemel import ops
 from gemel.config.train import TrainRecipe
 from gemel.model.attend import PackedAttend
 from gemel.model.build import LoadedModel
@@ -24,7 +25,6 @@ from gemel.train import optim, precision, recompute, schedule, stability
 from gemel.train.batch import Batch
 from gemel.train.flops import Flops
 from gemel.train.loader import Step
-from gemel.train.loss import head_cross_entropy
 
 Json = dict[str, Any]
 Action = Literal["ok", "skip", "overflow", "rollback"]
@@ -120,7 +120,7 @@ class Trainer:
         with self._numbers.cast():
             hidden_TD = self._model(batch.tokens_T, batch.positions_T, PackedAttend(self._model.config, batch.starts))
             weights_T = batch.weights_T * factor
-            return head_cross_entropy(hidden_TD, self._model.head.weight, batch.targets_T, weights_T, z_loss, label_smoothing)
+            return ops.head_cross_entropy(hidden_TD, self._model.head.weight, batch.targets_T, weights_T, z_loss, label_smoothing)
 
     def validate(self, batches: Iterable[Batch]) -> tuple[float, float]:
         """The sum of the cross-entropy over all tokens that would be trained, without label smoothing, and of their weights."""
