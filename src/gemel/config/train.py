@@ -228,12 +228,12 @@ class KeepActivations(Config):
 class RecomputeBlocks(Config):
     """Only the input of every `blocks` blocks is kept, the rest is computed again (Chen et al. 2016, arXiv 1604.06174).
 
-    blocks  1 recomputes each block on its own; more keep fewer inputs, and hold more at once while going back; None takes the square root
-            of their number, where both are least
+    blocks  1 recomputes each block on its own; more keep fewer inputs, and hold more at once while going back; "sqrt" takes the square
+            root of their number, where both are least
     """
 
     kind: Literal["recompute"]
-    blocks: PositiveInt | None = 1
+    blocks: PositiveInt | Literal["sqrt"] = 1
 
 
 class SelectiveRecompute(Config):
@@ -245,6 +245,47 @@ class SelectiveRecompute(Config):
 
 
 Activations = Annotated[KeepActivations | RecomputeBlocks | SelectiveRecompute, Field(discriminator="kind")]
+
+
+class Resident(Config):
+    """Where it is used: in the device's memory."""
+
+    kind: Literal["none"] = "none"
+
+
+class ToMemory(Config):
+    """In the CPU's memory, for devices that have less of their own."""
+
+    kind: Literal["cpu"]
+
+
+class ToDisk(Config):
+    """In files, which should lie on a fast disk. They need no care: a run that was killed leaves none behind.
+
+    folder  of these files; None takes work/offload in the run's folder
+    """
+
+    kind: Literal["disk"]
+    folder: Path | None = None
+
+
+Where = Annotated[Resident | ToMemory | ToDisk, Field(discriminator="kind")]
+
+
+class OffloadConfig(Config):
+    """What lives elsewhere and comes when it is needed, the next while one is worked on. No bit of the result depends on it.
+
+    optimizer   what the optimizer keeps
+    parameters  those of the blocks
+    """
+
+    optimizer: Where = Resident()
+    parameters: Where = Resident()
+
+    @property
+    def to_disk(self) -> bool:
+        """Whether anything lives in files."""
+        return isinstance(self.optimizer, ToDisk) or isinstance(self.parameters, ToDisk)
 
 
 class ValidationConfig(Config):
@@ -305,6 +346,7 @@ class TrainRecipe(Config):
     optim: OptimConfig = OptimConfig()
     precision: Precision = FP32()
     activations: Activations = KeepActivations()
+    offload: OffloadConfig = OffloadConfig()
     stability: StabilityConfig = StabilityConfig()
     validation: ValidationConfig = ValidationConfig()
     save: SaveConfig = SaveConfig()
@@ -326,10 +368,24 @@ class TrainRecipe(Config):
             raise ValueError("tokenizer.kind = 'learnt' needs a source of kind 'documents' to learn from; there is none")
         if self.optim.weights != "fp32" and not isinstance(self.precision, BF16):
             raise ValueError(f"optim.weights = {self.optim.weights!r} keeps parameters in bf16, which needs precision.kind = 'bf16'")
+        self._check_offload()
         if (self.save.best or self.validation.patience) and not (self.data.validation or self.data.holdout):
             name = "save.best" if self.save.best else "validation.patience"
             raise ValueError(f"{name} needs something to validate on: set data.holdout = 0.01, or give data.validation")
         return self
+
+    def _check_offload(self) -> None:
+        keeps = self.optim.method.has_state or self.optim.weights == "master"
+        if not isinstance(self.offload.optimizer, Resident) and not keeps:
+            raise ValueError(
+                f"offload.optimizer has no effect: {self.optim.method.kind} as it is set keeps no state of the size of the weights; leave "
+                f"it out or set optim.method.{self.optim.way_to_state}"
+            )
+        if self.offload.to_disk and self.save.asynchronous:
+            raise ValueError(
+                "offload to disk is there to save memory, and save.asynchronous = true holds a copy of everything in memory while it is "
+                "written; set save.asynchronous = false"
+            )
 
     def what(self) -> dict[str, Any]:
         """All that decides the numbers that come out, but for how many steps there are."""

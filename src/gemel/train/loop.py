@@ -153,5 +153,5 @@ class Loop:
             "best": {"loss": self._best.loss if math.isfinite(self._best.loss) else None, "looks_since": self._best.looks_since},
             "metrics_bytes": self._metrics.num_bytes,
         }
-        self._checkpoints.save(self._trainer.step, self._trainer.loaded, state, best)
+        self._checkpoints.save(self._trainer.step, self._trainer.whole(), state, best)
         self._saved = self._trainer.step

@@ -48,9 +48,9 @@ def apply(config: Activations, model: Model) -> None:
             for block in blocks:
                 block.forward = partial(_again, block.forward, partial(create_selective_checkpoint_contexts, _policy))
         case RecomputeBlocks(blocks=size):
-            size = size or round(math.sqrt(len(blocks)))
-            for first in range(0, len(blocks), size):
-                _group(blocks[first : first + size])
+            num = round(math.sqrt(len(blocks))) if size == "sqrt" else size
+            for first in range(0, len(blocks), num):
+                _group(blocks[first : first + num])
 
 
 def _group(blocks: Sequence[nn.Module]) -> None:

@@ -25,6 +25,7 @@ from gemel.train import optim, precision, recompute, schedule, stability
 from gemel.train.batch import Batch
 from gemel.train.flops import Flops
 from gemel.train.loader import Step
+from gemel.train.offload import Homes
 
 Json = dict[str, Any]
 Action = Literal["ok", "skip", "overflow", "rollback"]
@@ -61,11 +62,14 @@ class Trainer:
 
     def __init__(self, recipe: TrainRecipe, loaded: LoadedModel, device: torch.device):
         self._recipe, self.loaded, self._device = recipe, loaded, device
-        self._model = loaded.model.to(device)
+        self._homes = Homes.of(recipe.offload, device, recipe.out / "work" / "offload")
+        self._model = self._homes.place(loaded.model, device)
         recompute.apply(recipe.activations, self._model)
         self._named = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         leaves = {name: module for name, module in self._model.named_modules() if isinstance(module, Linear)}
-        self._optimizer = optim.build(recipe.optim, self._named.items(), {f"{name}.weight": x.sections for name, x in leaves.items()})
+        self._optimizer = optim.build(
+            recipe.optim, self._named.items(), {f"{name}.weight": x.sections for name, x in leaves.items()}, self._homes
+        )
         if recipe.batch.micro_sequences < recipe.batch.sequences:
             precision.add_up_in_fp32(self._named.values())
         self.dtype = precision.parameter_dtype(recipe.optim)
@@ -132,6 +136,10 @@ class Trainer:
                 weight += batch.weight
         return loss, weight
 
+    def whole(self) -> LoadedModel:
+        """The model to be saved, wherever its parts live."""
+        return self._homes.whole(self.loaded)
+
     def state_dict(self) -> Json:
         """All that the next step depends on, but for the weights."""
         rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(self._device)} if self._device.type == "cuda" else {})
@@ -164,4 +172,4 @@ class Trainer:
         self._detector.rolled_back(self.step)
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
-                parameter.copy_(weights.model.get_parameter(name))
+                self._homes.write(parameter, weights.model.get_parameter(name))
