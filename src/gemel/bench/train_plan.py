@@ -82,8 +82,8 @@ def activation_bytes(recipe: TrainRecipe, model: ModelConfig) -> float:
     match recipe.activations:
         case KeepActivations():
             return float(model.num_layers * block)
-        case RecomputeBlocks(blocks=size):
-            size = min(size or round(math.sqrt(model.num_layers)), model.num_layers)
+        case RecomputeBlocks():
+            size = recipe.activations.size(model.num_layers)
             return float(math.ceil(model.num_layers / size) * stream * width + size * block)
         case SelectiveRecompute():
             results = attention + product * (2 * width + inputs * model.ffn_width)

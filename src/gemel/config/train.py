@@ -249,6 +249,10 @@ class RecomputeBlocks(Config):
     kind: Literal["recompute"]
     blocks: PositiveInt | Literal["sqrt"] = 1
 
+    def size(self, num_blocks: int) -> int:
+        """Of each group, but perhaps the last."""
+        return round(math.sqrt(num_blocks)) if self.blocks == "sqrt" else min(self.blocks, num_blocks)
+
 
 class SelectiveRecompute(Config):
     """Results of matrix products and attention are kept, the cheap rest of each block is computed again (Korthikanti et al. 2022,

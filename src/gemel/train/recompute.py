@@ -9,7 +9,6 @@ The second computation is the first one again, bit by bit: same inputs, same ord
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -47,10 +46,10 @@ def apply(config: Activations, blocks: Sequence[nn.Module]) -> None:
         case SelectiveRecompute():
             for block in blocks:
                 block.forward = partial(_again, block.forward, partial(create_selective_checkpoint_contexts, _policy))
-        case RecomputeBlocks(blocks=size):
-            num = round(math.sqrt(len(blocks))) if size == "sqrt" else size
-            for first in range(0, len(blocks), num):
-                _group(blocks[first : first + num])
+        case RecomputeBlocks():
+            size = config.size(len(blocks))
+            for first in range(0, len(blocks), size):
+                _group(blocks[first : first + size])
 
 
 def _group(blocks: Sequence[nn.Module]) -> None:

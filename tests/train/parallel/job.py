@@ -126,7 +126,7 @@ def outcome(folder: Path, case: Case, mesh: Mesh) -> tuple[Trainer, dict[str, An
     found["actions"] = [report.action for report in reports]
     found["trained"] = [report.num_trained for report in reports]
     found["flops"] = [report.flops for report in reports]
-    found["validation"] = trainer.validate([batch for batch in step(Mesh(), 4).batches][:3])
+    found["validation"] = trainer.validate(list(step(Mesh(), 4).batches)[:3])
     found["weights"], found["state"] = weights(trainer), trainer.state_dict()
     return trainer, found
 

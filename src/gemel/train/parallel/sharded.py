@@ -29,8 +29,8 @@ def check(config: OptimConfig) -> None:
     way_out = "or share less: parallel.zero = 'gradients'"
     if config.method.kind in ("muon", "adafactor"):
         raise ConfigError(
-            f"optim.method {config.method.kind!r} looks at matrices as a whole, of which parallel.zero = 'parameters' leaves each rank some "
-            f"rows; take adamw, lion or sgd, {way_out}"
+            f"optim.method {config.method.kind!r} looks at matrices as a whole, of which parallel.zero = 'parameters' leaves each rank "
+            f"some rows; take adamw, lion or sgd, {way_out}"
         )
     if config.weights != "fp32":
         raise ConfigError(
@@ -100,8 +100,5 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _groups(blocks: list[nn.Module], activations: Activations) -> Sequence[list[nn.Module]]:
     """What runs as one."""
-    size = len(blocks)
-    if not isinstance(activations, RecomputeBlocks):
-        return [[block] for block in blocks]
-    size = activations.blocks or round(len(blocks) ** 0.5)
+    size = activations.size(len(blocks)) if isinstance(activations, RecomputeBlocks) else 1
     return [blocks[first : first + size] for first in range(0, len(blocks), size)]
