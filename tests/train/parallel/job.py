@@ -118,9 +118,24 @@ def outcome(folder: Path, case: Case, mesh: Mesh) -> tuple[Trainer, dict[str, An
     found["actions"] = [report.action for report in reports]
     found["trained"] = [report.num_trained for report in reports]
     found["flops"] = [report.flops for report in reports]
-    found["validation"] = trainer.validate([batch for batch in step(Mesh(), 4).batches][:3])
+    found["validation"] = trainer.validate(list(step(Mesh(), 4).batches)[:3])
+    found["fault"] = fault(trainer, mesh)
     found["weights"], found["state"] = weights(trainer), trainer.state_dict()
     return trainer, found
+
+
+def fault(trainer: Trainer, mesh: Mesh) -> list[str]:
+    """What all ranks do with a step in which one of them computes NaN."""
+    nans = trainer._model.norm.register_forward_hook(lambda _, __, x_TD: x_TD * float("nan"))
+    if mesh.rank != mesh.num_ranks - 1:
+        nans.remove()
+    report = trainer.learn(step(mesh, 1))
+    nans.remove()
+    actions: list[Any] = [None] * mesh.num_ranks
+    if mesh.num_ranks == 1:
+        return [f"{report.action}: {report.reason}"]
+    dist.all_gather_object(actions, f"{report.action}: {report.reason}")
+    return actions
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
@@ -147,7 +162,7 @@ def work(rank: int, num_ranks: int, port: int, folder: Path) -> None:
     for name, case in cases.items():
         config = ParallelConfig.parse(case.mesh)
         devices = init_device_mesh("cpu", tuple(config.sizes.values()), mesh_dim_names=tuple(config.sizes))
-        meshes[name] = Mesh(config, devices, None, rank)
+        meshes[name] = Mesh(config, devices, rank)
     for name, case in cases.items():
         _, found = outcome(folder, case, meshes[name])
         found["again"] = again(folder, case, meshes[case.onto], found)
@@ -168,6 +183,8 @@ def fork(num_ranks: int, rank_work: Callable[[int], None]) -> list[int]:
             try:
                 rank_work(rank)
                 code = 0
+            except SystemExit as exit_:
+                code = int(exit_.code or 0)
             except BaseException:
                 traceback.print_exc()
             finally:
