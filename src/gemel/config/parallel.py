@@ -169,6 +169,11 @@ class ParallelConfig(Config):
                 f"shard = {self.shard} with zero = 'none' shares nothing; set zero = 'optimizer', 'gradients' or 'parameters', "
                 f"or replicate = {self.replicate * self.shard} and shard = 1"
             )
+        if self.pipeline.stages > 1 and self.zero in ("gradients", "parameters"):
+            raise ValueError(
+                f"zero = {self.zero!r} sends with every micro-batch what a pipeline with micro-batches under way still needs; set "
+                "zero = 'optimizer', or leave out [parallel.pipeline]"
+            )
         if self.zero != "none" and self.shard * self.context.size == 1:
             raise ValueError(f"zero = {self.zero!r} needs ranks to share between; set shard = 2 or more, or zero = 'none'")
         if self.sequence and self.tensor == 1:

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from gemel.config.train import Activations, KeepActivations, RecomputeBlocks, SelectiveRecompute
 from gemel.model.attend import Attend
 from gemel.model.attention import Rotation
-from gemel.model.model import Model
 
 aten = torch.ops.aten
 # Costly for what they return: products with weights, and attention, whose recomputation would grow with the square of a document.
@@ -36,9 +35,8 @@ COSTLY = {
 Forward = Callable[[Tensor, Rotation | None, Attend], Tensor]
 
 
-def apply(config: Activations, model: Model) -> None:
-    """Make the blocks of a model do what the configuration says."""
-    blocks = list(model.layers)
+def apply(config: Activations, blocks: Sequence[nn.Module]) -> None:
+    """Make blocks that follow one another do what the configuration says."""
     match config:
         case KeepActivations():
             return

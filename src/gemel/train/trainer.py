@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -66,12 +68,14 @@ class Trainer:
         self._recipe, self.loaded, self._device = recipe, loaded, device
         self._model = loaded.model.to(device)
         self._flops = Flops(self._model)
-        recompute.apply(recipe.activations, self._model)
         leaves = {name: module for name, module in self._model.named_modules() if isinstance(module, Linear)}
         sections = {f"{name}.weight": x.sections for name, x in leaves.items()}
         if recipe.batch.micro_sequences < recipe.batch.sequences:
             precision.add_up_in_fp32(p for p in self._model.parameters() if p.requires_grad)
-        self._ranks = Ranks(recipe, loaded, mesh or Mesh())
+        mesh = mesh or Mesh()
+        if mesh.pipeline.size == 1:
+            recompute.apply(recipe.activations, list(self._model.layers))
+        self._ranks = Ranks(recipe, loaded, mesh)
         pieces = self._ranks.gradients.pieces
         moved, starts = {name: x.tensor for name, x in pieces.items()}, {name: x.start for name, x in pieces.items()}
         self._optimizer = optim.build(recipe.optim, moved.items(), sections, self._ranks.parameters, starts)
@@ -110,7 +114,11 @@ class Trainer:
         per trained token of the step.
         """
         loss, z = (torch.zeros((), dtype=torch.float64, device=self._device) for _ in range(2))
-        scale = self._numbers.scale
+        scale, pipeline = self._numbers.scale, self._ranks.pipeline
+        if pipeline is not None:
+            loss_of = partial(self._head_loss, factor=scale / weight, label_smoothing=self._recipe.loss.label_smoothing)
+            loss, z = pipeline.learn([self._ranks.here(batch.to(self._device)) for batch in batches], loss_of, self._numbers.cast)
+            batches = ()
         for number, batch in enumerate(batches, 1):
             batch_loss, batch_z = self._loss(batch, scale / weight, self._recipe.loss.label_smoothing)
             with self._ranks.gradients.backward(last=number == len(batches)):
@@ -124,16 +132,27 @@ class Trainer:
         batch, attend = self._ranks.here(batch.to(self._device))
         with self._numbers.cast():
             hidden_TD = self._model(batch.tokens_T, batch.positions_T, attend)
-            return self._ranks.head_loss(hidden_TD, batch, batch.weights_T * factor, self._recipe.loss.z_loss, label_smoothing)
+            return self._head_loss(hidden_TD, batch, factor, label_smoothing)
+
+    def _head_loss(self, hidden_TD: Tensor, batch: Batch, factor: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
+        return self._ranks.head_loss(hidden_TD, batch, batch.weights_T * factor, self._recipe.loss.z_loss, label_smoothing)
+
+    def _look(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """The loss of batches that go through together, as a sum over tokens."""
+        if self._ranks.pipeline is None:
+            return self._loss(batches[0], 1.0, 0.0)
+        loss_of = partial(self._head_loss, factor=1.0, label_smoothing=0.0)
+        return self._ranks.pipeline.look([self._ranks.here(batch.to(self._device)) for batch in batches], loss_of, self._numbers.cast)
 
     def validate(self, batches: Iterable[Batch]) -> tuple[float, float]:
         """The sum of the cross-entropy over all tokens that would be trained, without label smoothing, and of their weights."""
         loss = weight = 0.0
         with torch.no_grad():  # inference mode would leave tensors that a backward pass refuses where parameters are gathered
-            for batch in self._ranks.own(batches):
-                batch_loss, batch_z = self._loss(batch, 1.0, 0.0)
-                loss += (batch_loss - batch_z).item()
-                weight += batch.weight
+            own = self._ranks.own(batches)
+            while group := list(islice(own, self._ranks.num_micros)):
+                group_loss, group_z = self._look(group)
+                loss += (group_loss - group_z).item()
+                weight += sum(batch.weight for batch in group)
         weight, loss = self._ranks.total(of_tokens=(weight,), of_loss=(loss,))
         return loss, weight
 

@@ -55,6 +55,10 @@ CASES: dict[int, dict[str, Case]] = {
         "tp": Case("learned", {"tensor": 2}, "zero2"),
         "sp": Case("learned", {"tensor": 2, "sequence": True}, "zero1", {"loss": {"z_loss": 1e-2, "label_smoothing": 0.1}}),
         "sp_qk": Case("qk_norm", {"tensor": 2, "sequence": True}, "dp", {"activations": {"kind": "selective"}}),
+        "ring": Case("window", {"context": {"kind": "ring", "size": 2}}, "pp"),
+        "ulysses": Case("gqa", {"context": {"kind": "ulysses", "size": 2}}, "dp", {"activations": {"kind": "recompute"}}),
+        "pp": Case("window", {"pipeline": {"kind": "1f1b", "stages": 2}}, "ring", {"activations": {"kind": "recompute", "blocks": 2}}),
+        "zb": Case("learned", {"pipeline": {"kind": "zero_bubble", "stages": 2}}, "zero2", {"loss": {"z_loss": 1e-2}}),
         "muon": Case("gqa", {"shard": 2, "zero": "gradients"}, "dp", {"optim__method": {"kind": "muon"}}),
     },
     4: {
@@ -62,6 +66,10 @@ CASES: dict[int, dict[str, Case]] = {
         "hybrid2": Case("gqa", {"replicate": 2, "shard": 2, "zero": "gradients"}, "zero3_tp"),
         "hybrid3": Case("learned", {"replicate": 2, "shard": 2, "zero": "parameters"}, "zero2_tp"),
         "zero2_tp": Case("learned", {"shard": 2, "zero": "gradients", "tensor": 2, "sequence": True}, "hybrid3"),
+        "dp_pp": Case("gqa", {"shard": 2, "zero": "optimizer", "pipeline": {"kind": "gpipe", "stages": 2}}, "tp_pp"),
+        "tp_pp": Case("learned", {"tensor": 2, "sequence": True, "pipeline": {"kind": "zero_bubble", "stages": 2}}, "dp_pp"),
+        "tp_cp": Case("gqa", {"tensor": 2, "sequence": True, "context": {"kind": "ring", "size": 2}}, "cp_pp"),
+        "cp_pp": Case("gqa", {"context": {"kind": "ulysses", "size": 2}, "pipeline": {"kind": "1f1b", "stages": 2}}, "tp_cp"),
         "zero3_tp": Case("gqa", {"shard": 2, "zero": "parameters", "tensor": 2}, "dp_tp"),
     },
 }

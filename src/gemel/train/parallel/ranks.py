@@ -16,20 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from gemel.config.errors import ConfigError
+from gemel.config.model import ModelConfig
+from gemel.config.parallel import ParallelConfig, Ring, Ulysses
 from gemel.config.train import TrainRecipe
 from gemel.model import shard
 from gemel.model.attend import Attend, PackedAttend
 from gemel.model.build import LoadedModel
 from gemel.model.model import Model
-from gemel.train import optim, precision, stability
+from gemel.train import optim, precision, recompute, stability
 from gemel.train.batch import Batch
 from gemel.train.loss import head_cross_entropy
 from gemel.train.optim import Optimizer
 from gemel.train.parallel import data, layout, sharded, tensor, vocabulary
 from gemel.train.parallel.collectives import enter
+from gemel.train.parallel.context import Layout, RingAttend, UlyssesAttend, check_heads
 from gemel.train.parallel.data import Gradients
 from gemel.train.parallel.layout import Held
 from gemel.train.parallel.mesh import Mesh
+from gemel.train.parallel.pipeline import Pipeline
 from gemel.train.parallel.sums import add_up
 
 
@@ -38,6 +42,7 @@ class Ranks:
 
     gradients     of what is here
     parameters    of the whole model that are trained, by name, without memory
+    pipeline      of whose stages this process has some, if there is one
     counts        whether this process counts the tokens of its batches: one of those that see the same
     """
 
@@ -50,6 +55,8 @@ class Ranks:
         if mesh.tensor.size > 1:
             _check_cut(recipe)
             self._partial = tensor.cut(model, mesh.tensor, self._config.sequence)
+        _check_context(model.config, self._config)
+        self.pipeline = self._stages(recipe) if mesh.pipeline.size > 1 else None
         named = {name: p for name, p in model.named_parameters() if name in self.parameters}
         if mesh.num_ranks > 1:
             precision.add_up_in_fp32(named.values())
@@ -57,15 +64,30 @@ class Ranks:
         self.gradients = self._shared(recipe, named)
         self.counts = mesh.tensor.rank == mesh.context.rank == mesh.pipeline.rank == 0
 
+    def _stages(self, recipe: TrainRecipe) -> Pipeline:
+        mesh = self._mesh
+        parts = mesh.tensor.size if self._config.sequence else 1
+        pipeline = Pipeline(self._model, self._config.pipeline, mesh.pipeline, recipe.batch.sequence, parts)
+        for blocks in pipeline.blocks():
+            recompute.apply(recipe.activations, blocks)
+        return pipeline
+
+    @property
+    def num_micros(self) -> int:
+        """Batches that had better go through together."""
+        return 1 if self.pipeline is None else 2 * self._mesh.pipeline.size
+
     def _shared(self, recipe: TrainRecipe, named: dict[str, nn.Parameter]) -> Gradients:
         mesh, zero = self._mesh, self._config.zero
-        speaks = {name: mesh.tensor.rank == 0 or self._cuts[name].style != "whole" for name in named}
+        spoken_for = frozenset() if self.pipeline is None else self.pipeline.spoken_for
+        speaks = {name: (mesh.tensor.rank == 0 or self._cuts[name].style != "whole") and name not in spoken_for for name in named}
         if zero == "none":
             return data.Everything(named, mesh, speaks)
         if zero == "parameters":
             sharded.check(recipe.optim)
             return sharded.Sharded(self._model, named, mesh, speaks, recipe.activations)
-        shapes = {name: self._cuts[name].shape_of(0, mesh.tensor.size) for name in self.parameters}
+        here = [name for name in self.parameters if self.pipeline is None or self.pipeline.has(name)]
+        shapes = {name: self._cuts[name].shape_of(0, mesh.tensor.size) for name in here}
         sizes = {name: shape.numel() for name, shape in shapes.items() if shape is not None}
         slices = data.shares(named, sizes, optim.elementwise(recipe.optim, self.parameters), mesh.shards.size)
         kind = data.OwnedStates if zero == "optimizer" else data.OwnedGradients
@@ -76,9 +98,14 @@ class Ranks:
     def here(self, batch: Batch) -> tuple[Batch, Attend]:
         """What this process sees of a micro-batch of its data rank, and how its tokens look at each other."""
         self._mesh.at("computing a micro-batch")
+        axis, config = self._mesh.context, self._model.config
+        ring = isinstance(self._config.context, Ring)
         if self._config.sequence:
-            batch = tensor.padded(batch, self._mesh.tensor)
-        return batch, PackedAttend(self._model.config, batch.starts)
+            batch = tensor.padded(batch, self._mesh.tensor.size * axis.size * (1 + ring))
+        if axis.group is None:
+            return batch, PackedAttend(config, batch.starts)
+        layout = (Layout.zigzag if ring else Layout.even)(batch.starts, axis.size)
+        return layout.part(batch, axis.rank), (RingAttend if ring else UlyssesAttend)(config, layout, axis.group)
 
     def head_loss(self, hidden_TD: Tensor, batch: Batch, weights_T: Tensor, z_loss: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
         """See `loss.head_cross_entropy`; the same on all tensor ranks."""
@@ -171,6 +198,11 @@ class Ranks:
 
     def _held(self, name: str, parameter: str, x: Tensor) -> Held:
         return Held(name, parameter, self._mesh.tensor.rank, self.gradients.pieces[parameter].start, tuple(x.shape), x.dtype)
+
+
+def _check_context(model: ModelConfig, parallel: ParallelConfig) -> None:
+    if isinstance(parallel.context, Ulysses):
+        check_heads(model.num_heads // parallel.tensor, model.num_kv_heads // parallel.tensor, parallel.context.size)
 
 
 def _hull(model: Model) -> Model:

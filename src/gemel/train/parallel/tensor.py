@@ -72,9 +72,9 @@ def _embed(embed: nn.Embedding, num_rows: int, axis: Axis, sequence: bool, token
     return leave(vocabulary.embedding(embed.weight, tokens_T, num_rows, axis), axis, sequence)
 
 
-def padded(batch: Batch, axis: Axis) -> Batch:
-    """The batch with a few tokens more, as a document of their own that is not trained, so that its tokens divide among the ranks."""
-    missing = -batch.num_tokens % axis.size
+def padded(batch: Batch, unit: int) -> Batch:
+    """The batch with a few tokens more, as a document of their own that is not trained, so that they are a multiple of `unit`."""
+    missing = -batch.num_tokens % unit
     if not missing:
         return batch
 
