@@ -12,8 +12,8 @@ from torch import Tensor
 from gemel.config.errors import ConfigError
 from gemel.model.attend import Attend, PackedAttend
 from gemel.model.build import LoadedModel
+from gemel.ops import head_cross_entropy
 from gemel.train.batch import Batch
-from gemel.train.loss import head_cross_entropy
 from gemel.train.parallel.context import Layout, RingAttend, UlyssesAttend
 from tests import tiny
 from tests.tolerance import assert_close

@@ -90,8 +90,8 @@ class Elsewhere(nn.Module):
 class Pipeline:
     """The stages of one rank, and what it does with them.
 
-    spoken_for  names of parameters that are here and whose copy on an earlier rank speaks for both: of a tied head. Their gradients are sums
-                over both, so both move alike
+    spoken_for  names of parameters that are here and whose copy on an earlier rank speaks for both: of a tied head. Their gradients are
+                sums over both, so both move alike
     """
 
     def __init__(self, model: Model, cfg: config.Pipeline, axis: Axis, sequence: int, token_parts: int = 1):
