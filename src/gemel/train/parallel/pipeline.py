@@ -66,12 +66,11 @@ def balance(costs: Sequence[float], num_parts: int) -> list[tuple[int, int]]:
 
 def layer_costs(model: Model, sequence: int) -> list[float]:
     """Products per token of each layer, the head's with the last one's, for documents of `sequence` tokens."""
-    cfg = model.config
     costs = []
     for layer, block in enumerate(model.layers):
-        window = cfg.window(layer)
+        window = model.config.window(layer)
         seen = sequence / 2 if window is None else min(window, sequence / 2)
-        costs.append(_weights(block) + 2 * cfg.num_heads * cfg.head_width * seen)
+        costs.append(_weights(block) + 2 * block.attn.out.in_features * seen)  # a score and a value for every key and channel
     costs[-1] += _weights(model.head)
     return costs
 
@@ -90,8 +89,8 @@ class Elsewhere(nn.Module):
 class Pipeline:
     """The stages of one rank, and what it does with them.
 
-    spoken_for  names of parameters that are here and whose copy on an earlier rank speaks for both: of a tied head. Their gradients are sums
-                over both, so both move alike
+    spoken_for  names of parameters that are here and whose copy on an earlier rank speaks for both: of a tied head. Their gradients are
+                sums over both, so both move alike
     """
 
     def __init__(self, model: Model, cfg: config.Pipeline, axis: Axis, sequence: int, token_parts: int = 1):
