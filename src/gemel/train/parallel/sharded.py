@@ -28,8 +28,8 @@ def check(config: OptimConfig) -> None:
     way_out = "or share less: parallel.zero = 'gradients'"
     if config.method.kind in ("muon", "adafactor"):
         raise ConfigError(
-            f"optim.method {config.method.kind!r} looks at matrices as a whole, of which parallel.zero = 'parameters' leaves each rank some "
-            f"rows; take adamw, lion or sgd, {way_out}"
+            f"optim.method {config.method.kind!r} looks at matrices as a whole, of which parallel.zero = 'parameters' leaves each rank "
+            f"some rows; take adamw, lion or sgd, {way_out}"
         )
     if config.weights != "fp32":
         raise ConfigError(
