@@ -35,10 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, or go on."""
     recipe = read(args)
+    from gemel.config import env
     from gemel.train import run as training
 
+    place = env.place()
     result = training.run(recipe, peak(recipe), args.quiet)
     latest = recipe.out / "latest"
+    if place is not None and place.rank > 0:
+        return 0
     if args.json:
         print(json.dumps(asdict(result) | {"path": str(latest)}))
     elif result.finished:
@@ -46,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"finished at step {result.step}{loss}; try: gemel generate --model {latest} 'Once'")
     else:
         print(f"stopped at step {result.step}; the same command goes on from here")
-    return 0 if result.finished else 130
+    # What launched this process would take another status for a failure, and kill those that are still saving.
+    return 0 if result.finished or place is not None else 130
 
 
 def read(args: argparse.Namespace) -> TrainRecipe:
