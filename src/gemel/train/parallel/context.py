@@ -317,7 +317,7 @@ class _Part:
 
     def _scores(self, q_KMH: Tensor, k_CKH: Tensor, num_queries: int, distance: int) -> Tensor:
         """[K, M, C] in fp32; -inf where a query does not see a key."""
-        scores_KMC = (q_KMH * q_KMH.shape[2] ** -0.5) @ k_CKH.float().permute(1, 2, 0)
+        scores_KMC: Tensor = (q_KMH * q_KMH.shape[2] ** -0.5) @ k_CKH.float().permute(1, 2, 0)
         num_keys = len(k_CKH)
         ahead = distance < num_keys - 1
         behind = self.window is not None and distance + num_queries > self.window
@@ -325,13 +325,14 @@ class _Part:
             return scores_KMC
         queries_S, keys_C = (torch.arange(n, device=q_KMH.device) for n in (num_queries, num_keys))
         distance_SC = queries_S[:, None] + distance - keys_C
-        scores_NSC = scores_KMC.view(-1, num_queries, num_keys)
+        scores_NSC = scores_KMC.view(-1, num_queries, num_keys)  # the same memory
         if self.slopes_N is not None:
             scores_NSC -= self.slopes_N[:, None, None] * distance_SC
         hidden_SC = distance_SC < 0
         if self.window is not None:
             hidden_SC |= distance_SC >= self.window
-        return scores_NSC.masked_fill_(hidden_SC, -math.inf).view(scores_KMC.shape)
+        scores_NSC.masked_fill_(hidden_SC, -math.inf)
+        return scores_KMC
 
     def _packed(self, place: Own) -> tuple[Tensor, int, Tensor | None]:
         return torch.tensor(place.starts, dtype=torch.int32), self.window or 0, self.slopes_N

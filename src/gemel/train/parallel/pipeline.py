@@ -70,7 +70,9 @@ def layer_costs(model: Model, sequence: int) -> list[float]:
     for layer, block in enumerate(model.layers):
         window = model.config.window(layer)
         seen = sequence / 2 if window is None else min(window, sequence / 2)
-        costs.append(_weights(block) + 2 * block.attn.out.in_features * seen)  # a score and a value for every key and channel
+        heads = model.get_submodule(f"layers.{layer}.attn.out")
+        assert isinstance(heads, Leaf)
+        costs.append(_weights(block) + 2 * heads.in_features * seen)  # a score and a value for every key and channel
     costs[-1] += _weights(model.head)
     return costs
 
