@@ -155,10 +155,6 @@ class Pipeline:
         run.do(timetable(self._config, len(work), learn=False))
         return run.loss, run.z
 
-    def idle(self, num_micros: int) -> float:
-        """The share of their time that ranks wait, if stages take equally long and backward passes twice as long as forward ones."""
-        return timetable(self._config, num_micros).idle
-
     def _sum_tied(self) -> None:
         """Embedding and head are one matrix on two ranks: each adds the other's gradient to its own."""
         weight = self._model.embed.weight
