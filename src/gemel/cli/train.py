@@ -41,10 +41,14 @@ def run(args: argparse.Namespace) -> int:
     recipe = read(args)
     if args.search is not None:
         return _search(args, recipe)
+    from gemel.config import env
     from gemel.train import run as training
 
+    place = env.place()
     result = training.run(recipe, peak(recipe), args.quiet)
     latest = recipe.out / "latest"
+    if place is not None and place.rank > 0:
+        return 0
     if args.json:
         print(json.dumps(asdict(result) | {"path": str(latest)}))
     elif result.finished:
@@ -52,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"finished at step {result.step}{loss}; try: gemel generate --model {latest} 'Once'")
     else:
         print(f"stopped at step {result.step}; the same command goes on from here")
-    return 0 if result.finished else 130
+    # What launched this process would take another status for a failure, and kill those that are still saving.
+    return 0 if result.finished or place is not None else 130
 
 
 def _search(args: argparse.Namespace, recipe: TrainRecipe) -> int:
