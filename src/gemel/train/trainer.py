@@ -61,6 +61,7 @@ class Trainer:
 
     def __init__(self, recipe: TrainRecipe, loaded: LoadedModel, device: torch.device):
         self._recipe, self.loaded, self._device = recipe, loaded, device
+        self._flops = Flops(loaded.model)
         self._homes = Homes.of(recipe.offload, device, recipe.out / "work" / "offload")
         self._model = self._homes.place(loaded.model, device)
         rewrite.apply(recipe, self._model, device, self._homes)
@@ -73,8 +74,12 @@ class Trainer:
         self._numbers = precision.Numbers(recipe.precision, self.dtype, device)
         self._clip = stability.ClipState()
         self._detector = stability.SpikeDetector(recipe.stability)
-        self._flops = Flops(self._model)
         self.step = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device
 
     def learn(self, work: Step) -> Report:
         """One step of the optimizer. A rollback is left to the caller, who has the checkpoints."""
