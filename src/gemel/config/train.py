@@ -7,6 +7,7 @@ first kind (`what`), but for `steps`: more of them make a run longer.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from gemel.config.data.pipeline import put
 from gemel.config.errors import ConfigError
 from gemel.config.model import ModelConfig
 from gemel.config.optim import OptimConfig, StabilityConfig
+from gemel.config.parallel import ParallelConfig
 from gemel.config.tokenizer import TrainConfig
 
 
@@ -148,7 +150,8 @@ class BatchConfig(Config):
     """How much is learnt at once, in tokens.
 
     tokens        of one step of the optimizer
-    micro_tokens  of what goes through the model at once: memory grows with it, results do not depend on it. None takes `tokens`
+    micro_tokens  the most that goes through the model at once: memory grows with it, results do not depend on it. None takes all that a
+                  rank has of `tokens`
     sequence      the most that a document may see of itself; no more than the model has positions
     """
 
@@ -245,6 +248,10 @@ class RecomputeBlocks(Config):
 
     kind: Literal["recompute"]
     blocks: PositiveInt | Literal["sqrt"] = 1
+
+    def size(self, num_blocks: int) -> int:
+        """Of each group, but perhaps the last."""
+        return round(math.sqrt(num_blocks)) if self.blocks == "sqrt" else min(self.blocks, num_blocks)
 
 
 class SelectiveRecompute(Config):
@@ -451,6 +458,7 @@ class TrainRecipe(Config):
     validation: ValidationConfig = ValidationConfig()
     save: SaveConfig = SaveConfig()
     metrics: MetricsConfig = MetricsConfig()
+    parallel: ParallelConfig = ParallelConfig()
     seed: NonNegativeInt = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     threads: PositiveInt | None = None
@@ -481,6 +489,13 @@ class TrainRecipe(Config):
         if (self.save.best or self.validation.patience) and not (self.data.validation or self.data.holdout):
             name = "save.best" if self.save.best else "validation.patience"
             raise ValueError(f"{name} needs something to validate on: set data.holdout = 0.01, or give data.validation")
+        self._check_parallel()
+        if self.batch.sequences % self.parallel.data:
+            unit = math.lcm(self.parallel.data * self.batch.sequence, self.batch.micro_tokens or 1)
+            raise ValueError(
+                f"batch.tokens = {self.batch.tokens} are {self.batch.sequences} sequences, which do not divide among the "
+                f"{self.parallel.data} ranks of parallel.replicate and shard; {-(-self.batch.tokens // unit) * unit} tokens would"
+            )
         return self
 
     def _check_offload(self) -> None:
@@ -494,6 +509,24 @@ class TrainRecipe(Config):
             raise ValueError(
                 "offload to disk is there to save memory, and save.asynchronous = true holds a copy of everything in memory while it is "
                 "written; set save.asynchronous = false"
+            )
+
+    def _check_parallel(self) -> None:
+        """Refuse what is built for one process, or for a model whose layers and products are whole."""
+        mesh = self.parallel
+        alone = {"offload": self.offload != OffloadConfig(), "dropout": self.dropout != DropoutConfig()}
+        whole = {
+            "tiling": not isinstance(self.tiling, Untiled),
+            "compile": isinstance(self.compile, CompileBlocks),
+            "precision.kind = 'fp8'": isinstance(self.precision, FP8),
+        }
+        if mesh.num_ranks > 1 and (found := [name for name, there in alone.items() if there]):
+            raise ValueError(f"{found[0]} is for one process, and [parallel] asks for {mesh.num_ranks}; leave one of them out")
+        cut = mesh.tensor > 1 or mesh.sizes["pipeline"] > 1 or mesh.zero == "parameters"
+        if cut and (found := [name for name, there in whole.items() if there]):
+            raise ValueError(
+                f"{found[0]} needs products and layers that are whole, which parallel.tensor, pipeline and zero = 'parameters' cut; leave it "
+                "out, or train with replicate, shard or context"
             )
 
     def what(self) -> dict[str, Any]:

@@ -13,14 +13,19 @@ from gemel.model.model import Model
 from gemel.train import compile as compiling
 from gemel.train import dropout, offload, precision, recompute, tiling
 from gemel.train.offload import Homes
+from gemel.train.parallel.mesh import Mesh
 
 
-def apply(recipe: TrainRecipe, model: Model, device: torch.device, homes: Homes) -> None:
-    """Change a model in place, on the device where it will be trained. Its parameters stay, under their names."""
+def apply(recipe: TrainRecipe, model: Model, device: torch.device, homes: Homes, mesh: Mesh) -> None:
+    """Change a model in place, on the device where it will be trained. Its parameters stay, under their names.
+
+    Layers that are divided among ranks are recomputed by whoever has them, so a pipeline sees to that itself.
+    """
     if isinstance(recipe.precision, FP8):
         precision.in_fp8(recipe.precision, model, device)
     tiling.apply(recipe.tiling, model)
     dropout.apply(recipe.dropout, model)
     compiling.apply(recipe.compile, model, device)
     offload.apply(homes, model)
-    recompute.apply(recipe.activations, model)
+    if mesh.pipeline.size == 1:
+        recompute.apply(recipe.activations, list(model.layers))

@@ -30,10 +30,13 @@ LEAST_FOR_INT8 = 4096  # smaller tensors stay in fp32: norms and biases are sens
 
 
 class Member:
-    """One parameter with its method, its settings and its stores."""
+    """One parameter with its method, its settings and its stores; or the stretches of it from `start` on."""
 
-    def __init__(self, name: str, parameter: Tensor, method: Method, settings: Settings, config: OptimConfig, allocate: Allocate):
+    def __init__(
+        self, name: str, parameter: Tensor, method: Method, settings: Settings, config: OptimConfig, allocate: Allocate, start: int = 0
+    ):
         self.name, self.parameter, self.method, self.settings, self._seed = name, parameter, method, settings, config.seed
+        self._start = start
         self.num_steps = 0
         self._slots = method.slots(parameter.shape)
         self._weight = _weight_store(config, name, parameter, allocate)
@@ -84,7 +87,7 @@ class Member:
         if self.settings.l1:
             w.copy_(torch.nn.functional.softshrink(w, at.lr * self.settings.l1))
         for number, (store, x) in enumerate(zip((self._weight, *self._state), (w, *state), strict=True)):
-            store.write(start, x.view(-1), noise.key(self._seed, self.name, at.step, number, start))
+            store.write(start, x.view(-1), noise.key(self._seed, self.name, at.step, number, self._start + start))
 
     def kept(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint needs, in the shapes of what they belong to where they have as many elements."""
@@ -128,6 +131,11 @@ class Optimizer:
         tensors = {name: self._at_home(x) for member in self._members for name, x in member.kept().items()}
         return tensors | {f"{member.name}.step": torch.tensor(member.num_steps) for member in self._members}
 
+    @property
+    def parameters(self) -> dict[str, str]:
+        """The parameter that each name in `state_dict` belongs to."""
+        return {key: member.name for member in self._members for key in (*member.kept(), f"{member.name}.step")}
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave. `CheckpointError`, and nothing changed, if it is of another model or configuration."""
         mine = self.state_dict()
@@ -149,19 +157,23 @@ def build(
     config: OptimConfig,
     named_parameters: Iterable[tuple[str, Tensor]],
     sections: Mapping[str, Sequence[int]] | None = None,
+    whole: Mapping[str, Tensor] | None = None,
+    starts: Mapping[str, int] | None = None,
     homes: Homes | None = None,
 ) -> Optimizer:
     """The optimizer of all parameters that require gradients.
 
-    `sections` are, by parameter name, the heights of matrices that lie fused in one; only Muon asks for them. `homes` are where state and
-    parameters live, if not where they are used. `ConfigError` if nothing is
+    `sections` are, by parameter name, the heights of matrices that lie fused in one; only Muon asks for them. Where this
+    process moves only a part, `whole` are all trained parameters (without memory, perhaps), which decide what patterns hit, and `starts`
+    says where what is given begins. `homes` are where state and parameters live, if not where they are used. `ConfigError` if nothing is
     trained, if a parameter's type does not fit `weights`, or if a pattern hits nothing.
     """
     trained = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
-    if not trained:
+    if not (whole or trained):
         raise ConfigError("no parameter requires gradients, so there is nothing to train; freeze fewer of them")
-    settings = assign(config, trained)
-    methods = _methods(config, trained, sections or {})
+    settings = assign(config, whole or trained)
+    device = next((parameter.device for parameter in trained.values()), torch.device("cpu"))
+    methods = _methods(config, whole or trained, sections or {}, device)
     members = []
     for name, parameter in trained.items():
         _check_type(config, name, parameter)
@@ -169,13 +181,20 @@ def build(
         if isinstance(config.method, Muon) and not isinstance(methods[name], muon.Muon):
             one = Settings(one.lr_scale * config.method.rest_lr_scale, one.weight_decay, one.l1)
         allocate = _in_memory(parameter.device) if homes is None or homes.optimizer is None else homes.optimizer.allocate
-        members.append(Member(name, parameter, methods[name], one, config, allocate))
+        members.append(Member(name, parameter, methods[name], one, config, allocate, (starts or {}).get(name, 0)))
         for home in homes.all if homes else ():
             home.behind(members[-1].memory, changed=True)
     return Optimizer(members, homes.all if homes else ())
 
 
-def _methods(config: OptimConfig, trained: Mapping[str, Tensor], sections: Mapping[str, Sequence[int]]) -> dict[str, Method]:
+def elementwise(config: OptimConfig, trained: Mapping[str, Tensor]) -> dict[str, bool]:
+    """Of each parameter, whether its method treats elements alone, so that it may be cut anywhere between stretches."""
+    return {name: method.elementwise for name, method in _methods(config, trained, {}, torch.device("cpu")).items()}
+
+
+def _methods(
+    config: OptimConfig, trained: Mapping[str, Tensor], sections: Mapping[str, Sequence[int]], device: torch.device
+) -> dict[str, Method]:
     method = config.method
     if not isinstance(method, Muon):
         return dict.fromkeys(trained, _method(method))
@@ -184,7 +203,7 @@ def _methods(config: OptimConfig, trained: Mapping[str, Tensor], sections: Mappi
             raise ConfigError(f"method.matrices has {pattern!r}, which no trained matrix is named like; there are: {shapes_of(trained)}")
     rest = _method(method.rest)
     is_matrix = {name: x.dim() == 2 and any(fnmatchcase(name, p) for p in method.matrices) for name, x in trained.items()}
-    return {name: muon.Muon(method, x.device, sections.get(name, ())) if is_matrix[name] else rest for name, x in trained.items()}
+    return {name: muon.Muon(method, device, sections.get(name, ())) if is_matrix[name] else rest for name in trained}
 
 
 def _method(config: AdamW | Adafactor | Lion | SGD) -> Method:
