@@ -525,8 +525,8 @@ class TrainRecipe(Config):
         cut = mesh.tensor > 1 or mesh.sizes["pipeline"] > 1 or mesh.zero == "parameters"
         if cut and (found := [name for name, there in whole.items() if there]):
             raise ValueError(
-                f"{found[0]} needs products and layers that are whole, which parallel.tensor, pipeline and zero = 'parameters' cut; leave it "
-                "out, or train with replicate, shard or context"
+                f"{found[0]} needs products and layers that are whole, which parallel.tensor, pipeline and zero = 'parameters' cut; leave "
+                "it out, or train with replicate, shard or context"
             )
 
     def what(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Problem:
         dtype = torch.float32 if config.weights == "fp32" else torch.bfloat16
         self.parameters = {name: torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for name, s in SHAPES.items()}
         self.targets = {name: torch.randn(s, generator=generator) for name, s in SHAPES.items()}
-        self.optimizer: Optimizer = build(config, self.parameters.items(), sections, homes)
+        self.optimizer: Optimizer = build(config, self.parameters.items(), sections, homes=homes)
 
     def set_grads(self, step: int) -> None:
         generator = torch.Generator().manual_seed(1000 + step)
