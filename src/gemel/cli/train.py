@@ -39,12 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, or go on."""
     recipe = read(args)
-    if args.search is not None:
-        return _search(args, recipe)
     from gemel.config import env
-    from gemel.train import run as training
+    from gemel.config.errors import ConfigError
 
     place = env.place()
+    if args.search is not None:
+        if place is not None:
+            raise ConfigError(f"--search is for one process, and this is one of {place.num_ranks}; run gemel train without torchrun")
+        return _search(args, recipe)
+    from gemel.train import run as training
+
     result = training.run(recipe, peak(recipe), args.quiet)
     latest = recipe.out / "latest"
     if place is not None and place.rank > 0:
