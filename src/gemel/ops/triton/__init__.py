@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COSTLY", "adamw", "head_cross_entropy", "packed_attention", "rms_norm", "rope", "swiglu", "takes", "why_not"]
 
+DEVICE = "cuda"  # as torch calls NVIDIA's and AMD's
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the oldest that Triton supports; bf16 products came with it
 
@@ -59,7 +60,7 @@ def __getattr__(name: str) -> Any:
 def takes(*tensors: Tensor | None) -> bool:
     """Whether the operations can take these tensors: plain ones on one GPU, all of one of `FORMATS`, not empty, not being compiled."""
     first = next(tensor for tensor in tensors if tensor is not None)
-    if first.device.type != "cuda" or first.dtype not in FORMATS or torch.compiler.is_compiling() or why_not(first.device) is not None:
+    if first.device.type != DEVICE or first.dtype not in FORMATS or torch.compiler.is_compiling() or why_not(first.device) is not None:
         return False
     return all(
         type(tensor) in (Tensor, torch.nn.Parameter)
