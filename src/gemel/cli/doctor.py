@@ -196,9 +196,9 @@ def _cuda() -> Iterator[Finding]:
             size = f"{card.total_memory / 2**30:.0f} GiB, compute capability {card.major}.{card.minor}"
             yield Finding("fast paths", f"cuda:{index}", "on", f"{card.name}, {size}")
             why_not = triton.why_not(torch.device("cuda", index))
-            advice = f"{sys.executable} -m pip install triton" if why_not == triton.MISSING else None
-            value = f"operations of training in {f'PyTorch: {why_not}' if why_not else 'Triton'}"
-            yield Finding("fast paths", f"cuda:{index} kernels", "off" if why_not else "on", value, advice)
+            advice = f"{sys.executable} -m pip install triton" if why_not == triton.MISSING else "nothing to do: PyTorch's own serve"
+            values = "Triton for the operations of training", f"the operations of training run in PyTorch: {why_not}"
+            yield from _choice(why_not is None, f"cuda:{index} kernels", values, advice)
     elif torch.version.cuda is None:
         advice = "with an NVIDIA GPU, install a CUDA build of PyTorch"
         yield Finding("fast paths", "cuda", "off", "this PyTorch was built without CUDA", advice)
