@@ -1,13 +1,14 @@
 """Triton's operations of training beside torch's on a GPU: do they agree at real sizes, do they repeat to the last bit, what do they take.
 
     python bench/gpu_ops.py [--only rms,rope,...] [--tokens 8192] [--dtype bfloat16] [--json]
-    python bench/gpu_ops.py --compile 80,90 [--only rms,rope,...] [--dtype bfloat16] [--json]
+    python bench/gpu_ops.py --compile 80,90 [--translate] [--only rms,rope,...] [--dtype bfloat16] [--json]
 
 Times are of forward and backward pass together, medians with a cold second-level cache. The plan is the slower of moving what has to be
 moved once and of the products, at the rates of a plain copy and of a large square product, both measured at the start.
 
 With --compile everything is compiled for GPUs of these compute capabilities and nothing is run, which needs no GPU: what the compiler
-says of registers and shared memory is what can be known of kernels without one. The last line of stdout is one JSON object.
+says of registers and shared memory is what can be known of kernels without one. --translate stops where types and shapes have been
+checked, which takes seconds instead of minutes. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -94,6 +95,10 @@ class Kernel:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+
+    def __str__(self) -> str:
+        takes = f"{self.registers:4d} registers, {self.spilled_bytes:5d} B spilled, {self.shared_bytes:7d} B shared"
+        return f"sm_{self.capability}  {self.name:<28} {takes}"
 
 
 def both_ways(operation: Callable[..., Tensor], tensors: Sequence[Tensor], slope: Tensor) -> Sequence[Tensor]:
@@ -249,20 +254,21 @@ def apart(got: Tensor, want: Tensor) -> float:
 # --- without one --------------------------------------------------------------------------------------------------------------------
 
 
-def compile_all(capabilities: Sequence[int], dtype: torch.dtype, only: Sequence[str]) -> list[Kernel]:
-    """Every kernel that the cases launch, for every capability."""
+def compile_all(capabilities: Sequence[int], dtype: torch.dtype, only: Sequence[str], *, translate: bool) -> list[Kernel]:
+    """Every kernel that the cases launch, for every capability. What is only translated takes nothing yet."""
     kernels: list[Kernel] = []
     for capability in capabilities:
-        instead_of_launching(capability, kernels)
+        instead_of_launching(capability, kernels, translate=translate)
         for case in cases(Sizes(tokens=32, document=16, vocab=9000, matrices=1), torch.device("cpu"), dtype, only):
             case.ours()
     return kernels
 
 
-def instead_of_launching(capability: int, kernels: list[Kernel]) -> None:
+def instead_of_launching(capability: int, kernels: list[Kernel], *, translate: bool) -> None:
     """Let launches compile the kernel that they would have launched, once, and note what it takes."""
     from triton import compile as compile_kernel
     from triton import knobs
+    from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -278,20 +284,31 @@ def instead_of_launching(capability: int, kernels: list[Kernel]) -> None:
         if source.hash() in seen:
             return
         seen.add(source.hash())
-        compiled = compile_kernel(source, target=target, options=options.__dict__)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            said = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        registers, spilled = (int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", said).groups())
         name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__.lstrip('_')}"
-        kernels.append(Kernel(name, capability, registers, spilled, compiled.metadata.shared))
-        print(
-            f"sm_{capability}  {name:<28} {registers:4d} registers, {spilled:5d} B spilled, {compiled.metadata.shared:7d} B shared",
-            flush=True,
-        )
+        if translate:
+            context = ir.context()
+            ir.load_dialects(context)
+            backend.load_dialects(context)
+            source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+            kernels.append(Kernel(name, capability, 0, 0, 0))
+            return
+        compiled = compile_kernel(source, target=target, options=options.__dict__)
+        kernels.append(Kernel(name, capability, *registers(compiled.asm["cubin"]), compiled.metadata.shared))
+        print(kernels[-1], flush=True)
 
     JITFunction.run = run
+
+
+def registers(cubin: bytes) -> tuple[int, int]:
+    """How many registers a compiled kernel uses, and bytes of what did not fit into them."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    used, spilled = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
+    return int(used), int(spilled)
 
 
 def main() -> int:
@@ -301,11 +318,12 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--compile", metavar="CAPABILITIES", help="compile for these, say 80,90, and run nothing")
+    parser.add_argument("--translate", action="store_true", help="with --compile: stop once types and shapes are checked")
     parser.add_argument("--json", action="store_true", help="also print one JSON object, last")
     args = parser.parse_args()
     dtype, only = getattr(torch, args.dtype), args.only.split(",")
     if args.compile:
-        kernels = compile_all([int(one) for one in args.compile.split(",")], dtype, only)
+        kernels = compile_all([int(one) for one in args.compile.split(",")], dtype, only, translate=args.translate)
         made: list[Result] | list[Kernel] = kernels
         good = all(one.shared_bytes <= SHARED_BYTES.get(one.capability, 99 * 2**10) for one in kernels)
     elif (why := cannot_run()) is not None:
