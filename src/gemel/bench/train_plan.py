@@ -83,8 +83,8 @@ def activation_bytes(recipe: TrainRecipe, model: ModelConfig) -> float:
         case KeepActivations():
             return float(model.num_layers * block)
         case RecomputeBlocks(blocks=size):
-            size = min(round(math.sqrt(model.num_layers)) if size == "sqrt" else size, model.num_layers)
-            return float(math.ceil(model.num_layers / size) * stream * width + size * block)
+            group = min(round(math.sqrt(model.num_layers)) if size == "sqrt" else size, model.num_layers)
+            return float(math.ceil(model.num_layers / group) * stream * width + group * block)
         case SelectiveRecompute():
             results = attention + product * (2 * width + inputs * model.ffn_width)
             return float(model.num_layers * (stream * width + results) + block)
