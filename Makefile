@@ -47,7 +47,7 @@ check: setup
 	$(BIN)/python scripts/generate_docs --check
 
 test: setup model
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: model
 	$(BIN)/gemel bench $(or $(ARGS),throughput)
