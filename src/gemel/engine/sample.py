@@ -110,16 +110,12 @@ def sample(logits: Logits, rows: Seq[Row], at: Seq[int]) -> list[Drawn]:
 def _draw_natively(sampler: Sampler, logits: Logits, rows: Seq[Row], at: Seq[int]) -> list[Drawn]:
     """Draw from finite rows by all rules, in one native call."""
     asked = [row.draws.next(i, logits.argmax_S[i], logits.largest_S[i]) for row, i in zip(rows, at, strict=True)]
-    numbers = [row.params.logprobs for row in rows]
-    drawn_R, likeliest_RN = sampler.run(logits.values_SV.numpy(), asked, max(number or 0 for number in numbers))
     out = []
-    for (token, logprob), number, likeliest in zip(drawn_R.tolist(), numbers, likeliest_RN, strict=True):
+    for draw, (token, logprob, likeliest) in zip(asked, sampler.run(logits.values_SV.data_ptr(), asked), strict=True):
         if token < 0:
             out.append(_NOTHING)
-        elif number is None:
-            out.append(Drawn(token))
         else:
-            out.append(Drawn(token, TokenLogprob(token, logprob, tuple(likeliest[:number].tolist()))))
+            out.append(Drawn(token, TokenLogprob(token, logprob, likeliest) if draw.logprobs >= 0 else None))
     return out
 
 

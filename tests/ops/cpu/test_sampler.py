@@ -15,7 +15,7 @@ from gemel.engine.request import Request
 from gemel.engine.request import Sequence as Tokens
 from gemel.engine.sample import Row
 from gemel.ops.cpu import native
-from gemel.ops.cpu.sampler import Marked, Sampler
+from gemel.ops.cpu.sampler import Drawn, Marked, Sampler
 from tests.engine import oracle
 from tests.ops.cpu.conftest import OpenKernels
 from tests.tolerance import assert_close
@@ -24,7 +24,6 @@ SOURCES = ("sampler.cpp", "candidates.cpp", "threads.cpp")
 NAMES = ("gemel_team_new", "gemel_team_free", "gemel_sampler_new", "gemel_sampler_free", "gemel_sampler_run")
 VOCAB = 2 * 8192 + 300 + 5  # two chunks and a piece of one, which ends in a piece of a block, which ends in a piece of a vector
 Logits = npt.NDArray[np.float32]
-Result = tuple[list[tuple[int, float]], list[list[tuple[int, float]]]]
 
 
 class Kernels:
@@ -34,13 +33,10 @@ class Kernels:
         self.library = library
         self.teams = {threads: library.gemel_team_new(threads) for threads in (1, 2, 3)}
 
-    def run(self, logits_SV: Logits, rows: Sequence[Row], threads: int = 2) -> Result:
-        """Tokens with their log-probabilities, and the likeliest of each row."""
+    def run(self, logits_SV: Logits, rows: Sequence[Row], threads: int = 2) -> list[Drawn]:
         sampler = Sampler(self.library, self.teams[threads], logits_SV.shape[1], self)
-        most = [row.params.logprobs or 0 for row in rows]
         draws = [row.draws.next(i, int(logits_SV[i].argmax()), float(logits_SV[i].max())) for i, row in enumerate(rows)]
-        drawn, likeliest = sampler.run(logits_SV, draws, max(most))
-        return drawn.tolist(), [line[:number].tolist() for line, number in zip(likeliest, most, strict=True)]
+        return sampler.run(logits_SV.ctypes.data, draws)
 
     def close(self) -> None:
         for team in self.teams.values():
@@ -104,9 +100,8 @@ def test_tokens_are_those_that_their_numbers_mean(kernels: Kernels, shape: str, 
         rows = [row for row in rows if not row.params.logit_bias]
         for row in rows:
             row.sequence.tokens = [token % vocab_size for token in row.sequence.tokens]
-    drawn, _ = kernels.run(np.stack([logits_V] * len(rows)), rows)
-    for row, (token, _) in zip(rows, drawn, strict=True):
-        assert oracle.accepts(logits_V, row, token), f"token {token} for {row.params}"
+    for row, drawn in zip(rows, kernels.run(np.stack([logits_V] * len(rows)), rows), strict=True):
+        assert oracle.accepts(logits_V, row, drawn.token), f"token {drawn.token} for {row.params}"
 
 
 def test_rows_are_the_same_bits_alone_and_together_and_on_any_number_of_threads(kernels: Kernels) -> None:
@@ -114,17 +109,16 @@ def test_rows_are_the_same_bits_alone_and_together_and_on_any_number_of_threads(
     logits_SV = np.stack([names[name] for name in list(names) * 3][: len(RULES)])
     together = kernels.run(logits_SV, [make_row(i, **rules) for i, rules in enumerate(RULES)], threads=1)
     again = kernels.run(logits_SV, [make_row(i, **rules) for i, rules in enumerate(RULES)], threads=3)
-    few = [kernels.run(logits_SV[i : i + 1], [make_row(i, **rules)], 3 - i % 2) for i, rules in enumerate(RULES)]
-    assert [token for token, _ in together[0]] == [token for token, _ in again[0]] == [drawn[0][0] for drawn, _ in few]
+    alone = [kernels.run(logits_SV[i : i + 1], [make_row(i, **rules)], 3 - i % 2)[0] for i, rules in enumerate(RULES)]
+    assert [drawn.token for drawn in together] == [drawn.token for drawn in again] == [drawn.token for drawn in alone]
     for i, rules in enumerate(RULES):
         if "logprobs" in rules:
-            assert together[0][i] == again[0][i] == few[i][0][0]
-            assert together[1][i] == again[1][i] == few[i][1][0] and len(together[1][i]) == rules["logprobs"]
+            assert together[i] == again[i] == alone[i] and len(alone[i].likeliest) == rules["logprobs"]
 
 
 def test_log_probabilities_are_those_of_the_row_as_it_is(kernels: Kernels) -> None:
     logits_V = shapes(VOCAB)["ties"]
-    [(token, logprob)], [likeliest] = kernels.run(logits_V[None], [make_row(0, logprobs=20, logit_bias={9: 100.0}, temperature=0.1)])
+    [(token, logprob, likeliest)] = kernels.run(logits_V[None], [make_row(0, logprobs=20, logit_bias={9: 100.0}, temperature=0.1)])
     wanted_V = logits_V - np.log(np.exp(logits_V.astype(np.float64)).sum())
     order = np.lexsort((np.arange(VOCAB), -logits_V))[:20]
     assert token == 9 and [token for token, _ in likeliest] == order.tolist()
@@ -134,14 +128,14 @@ def test_log_probabilities_are_those_of_the_row_as_it_is(kernels: Kernels) -> No
 
 def test_a_row_of_which_everything_is_banned_draws_nothing(kernels: Kernels) -> None:
     row = Row(Tokens(Request("r", (0,), SamplingParams(min_tokens=1)), 0, 0, [0], 9), 0, tuple(range(37)))
-    assert kernels.run(shapes(37)["peaked"][None], [row])[0][0][0] == -1
+    assert kernels.run(shapes(37)["peaked"][None], [row])[0].token == -1
 
 
 def test_the_structure_is_as_large_as_the_compiler_says(kernels: Kernels) -> None:
     """Two draws in a row: if a field were missing, the second one would read the first one's numbers."""
     logits_SV = np.zeros((2, 37), np.float32)
     logits_SV[1, 30] = 100.0
-    assert kernels.run(logits_SV, [make_row(0), make_row(1)])[0][1][0] == 30
+    assert kernels.run(logits_SV, [make_row(0), make_row(1)])[1].token == 30
 
 
 def test_marks_count_what_is_added() -> None:

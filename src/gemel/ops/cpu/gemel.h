@@ -153,18 +153,14 @@ typedef struct {
     const int32_t* banned; /* [num_banned] impossible tokens */
 } gemel_draw;
 
-typedef struct {
-    int32_t token;  /* -1: nothing can be drawn */
-    float logprob;  /* under the row as it is, like those of the likeliest */
-} gemel_drawn;
-
 /* Memory for drawing from rows of `vocabulary` logits, with the threads of a team that must outlive it. */
 typedef struct gemel_sampler gemel_sampler;
 GEMEL_API gemel_sampler* gemel_sampler_new(gemel_team* team, int32_t vocabulary);
 GEMEL_API void gemel_sampler_free(gemel_sampler* sampler);
-/* drawn [num_draws]; likeliest [num_draws, most], best first, of which each draw fills as many as its `logprobs`. */
-GEMEL_API void gemel_sampler_run(gemel_sampler* sampler, const float* logits, int32_t num_draws, const gemel_draw* draws,
-                                 gemel_drawn* drawn, int32_t most, gemel_drawn* likeliest);
+/* tokens [num_draws], -1 where nothing can be drawn, with their log-probabilities under the row as it is; and, best first, the likeliest of
+ * that row [num_draws, most], of which each draw fills as many as its `logprobs`. */
+GEMEL_API void gemel_sampler_run(gemel_sampler* sampler, const float* logits, int32_t num_draws, const gemel_draw* draws, int32_t* tokens,
+                                 float* logprobs, int32_t most, int32_t* likeliest, float* likeliest_logprobs);
 
 GEMEL_API const char* gemel_variant(void); /* the instruction set that this library was compiled for */
 

@@ -123,7 +123,7 @@ _SIGNATURES = {
     "gemel_program_profile": (None, [c_void_p, c_int32, c_void_p]),
     "gemel_sampler_new": (c_void_p, [c_void_p, c_int32]),
     "gemel_sampler_free": (None, [c_void_p]),
-    "gemel_sampler_run": (None, [c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_void_p]),
+    "gemel_sampler_run": (None, [c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_void_p]),
     "gemel_variant": (c_char_p, []),
 }
 

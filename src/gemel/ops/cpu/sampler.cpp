@@ -26,7 +26,7 @@ namespace {
 
 constexpr int kBlock = 256;          // logits whose weights are summed together
 constexpr int kChunk = 32 * kBlock;  // logits that a thread takes at once
-constexpr int kGroup = 32;           // logits of which the largest is kept
+constexpr int kGroup = 64;           // logits of which the largest is kept
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline int pieces(int count, int size) { return (count + size - 1) / size; }
@@ -156,11 +156,19 @@ struct Distribution {
     }
 };
 
+// Where one draw leaves its results.
+struct Drawn {
+    int32_t* token;
+    float* logprob;
+    int32_t* likeliest;
+    float* likeliest_logprobs;
+};
+
 // One draw, stage by stage.
 class Drawing {
    public:
-    Drawing(const gemel_draw& draw, const float* logits, int vocabulary, Scratch& scratch, gemel_drawn& drawn, gemel_drawn* likeliest)
-        : draw_(draw), scratch_(scratch), drawn_(drawn), likeliest_(likeliest), vocabulary_(vocabulary) {
+    Drawing(const gemel_draw& draw, const float* logits, int vocabulary, Scratch& scratch, const Drawn& drawn)
+        : draw_(draw), scratch_(scratch), drawn_(drawn), vocabulary_(vocabulary) {
         const float* row = logits + static_cast<int64_t>(draw.row) * vocabulary;
         model_ = {row, vocabulary, 1.0f, draw.largest, scratch.group.get(), scratch.sum.get()};
         own_ = {changed() ? scratch.adjusted.get() : row, vocabulary,          std::max(draw.temperature, FLT_MIN),
@@ -210,11 +218,11 @@ class Drawing {
 
     void choose(int) {
         if (!std::isfinite(own_.largest)) {
-            drawn_ = {-1, 0.0f};
+            *drawn_.token = -1;
         } else if (draw_.temperature == 0.0f) {
-            drawn_.token = changed() ? first_largest() : draw_.likeliest;
+            *drawn_.token = changed() ? first_largest() : draw_.likeliest;
         } else {
-            drawn_.token = filtered() ? from_candidates() : from_all();
+            *drawn_.token = filtered() ? from_candidates() : from_all();
         }
         if (draw_.logprobs >= 0) report();
     }
@@ -305,7 +313,7 @@ class Drawing {
     void report() {
         const double log_total = std::log(model_.total());
         const auto logprob = [&](int token) { return static_cast<float>(model_.values[token] - model_.largest - log_total); };
-        if (drawn_.token >= 0) drawn_.logprob = logprob(drawn_.token);
+        if (*drawn_.token >= 0) *drawn_.logprob = logprob(*drawn_.token);
         const int wanted = std::min(draw_.logprobs, vocabulary_);
         if (!wanted) return;
         const float cut = model_.reached_by(wanted, scratch_.value.get());
@@ -314,13 +322,15 @@ class Drawing {
         std::partial_sort(token, token + wanted, token + count, [&](int a, int b) {
             return model_.values[a] > model_.values[b] || (model_.values[a] == model_.values[b] && a < b);
         });
-        for (int i = 0; i < wanted; i++) likeliest_[i] = {token[i], logprob(token[i])};
+        for (int i = 0; i < wanted; i++) {
+            drawn_.likeliest[i] = token[i];
+            drawn_.likeliest_logprobs[i] = logprob(token[i]);
+        }
     }
 
     const gemel_draw& draw_;
     Scratch& scratch_;
-    gemel_drawn& drawn_;
-    gemel_drawn* likeliest_;
+    const Drawn drawn_;
     const int vocabulary_;
     Distribution model_, own_;  // the row as it is, and the one that is drawn from
     float cut_ = 0.0f;
@@ -342,9 +352,12 @@ class Sampler {
         for (int i = 0; i < team.threads(); i++) scratch_.emplace_back(vocabulary);
     }
 
-    void run(const float* logits, int num_draws, const gemel_draw* draws, gemel_drawn* drawn, int most, gemel_drawn* likeliest) {
+    // `drawn`: of the first draw; the others follow, `most` of the likeliest for each.
+    void run(const float* logits, int num_draws, const gemel_draw* draws, const Drawn& drawn, int most) {
         const auto drawing = [&](int i, int room) {
-            return Drawing(draws[i], logits, vocabulary_, scratch_[room], drawn[i], likeliest + static_cast<int64_t>(i) * most);
+            const int64_t first = static_cast<int64_t>(i) * most;
+            const Drawn own = {drawn.token + i, drawn.logprob + i, drawn.likeliest + first, drawn.likeliest_logprobs + first};
+            return Drawing(draws[i], logits, vocabulary_, scratch_[room], own);
         };
         const int chunks = Drawing::chunks(vocabulary_);
         if (num_draws >= team_.threads()) {
@@ -385,9 +398,9 @@ gemel_sampler* gemel_sampler_new(gemel_team* team, int32_t vocabulary) {
 
 void gemel_sampler_free(gemel_sampler* sampler) { delete reinterpret_cast<gemel::Sampler*>(sampler); }
 
-void gemel_sampler_run(gemel_sampler* sampler, const float* logits, int32_t num_draws, const gemel_draw* draws, gemel_drawn* drawn,
-                       int32_t most, gemel_drawn* likeliest) {
-    reinterpret_cast<gemel::Sampler*>(sampler)->run(logits, num_draws, draws, drawn, most, likeliest);
+void gemel_sampler_run(gemel_sampler* sampler, const float* logits, int32_t num_draws, const gemel_draw* draws, int32_t* tokens,
+                       float* logprobs, int32_t most, int32_t* likeliest, float* likeliest_logprobs) {
+    reinterpret_cast<gemel::Sampler*>(sampler)->run(logits, num_draws, draws, {tokens, logprobs, likeliest, likeliest_logprobs}, most);
 }
 
 }  // extern "C"

@@ -9,13 +9,9 @@ import ctypes
 import weakref
 from array import array
 from collections.abc import Mapping, Sequence
-
-import numpy as np
-import numpy.typing as npt
+from typing import NamedTuple
 
 from gemel.ops.cpu import native
-
-DRAWN = np.dtype([("token", "i4"), ("logprob", "f4")])
 
 
 class Marked:
@@ -49,6 +45,14 @@ class Marked:
         draw.counts, draw.bias = self._counts.buffer_info()[0], self._bias.buffer_info()[0]
 
 
+class Drawn(NamedTuple):
+    """A token, or -1 where none could be drawn, and what was asked about it: log-probabilities of it and of the likeliest, best first."""
+
+    token: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
+
+
 class Sampler:
     """Draws from rows of `vocab_size` logits, with the threads of a team that `owner` keeps alive."""
 
@@ -57,17 +61,21 @@ class Sampler:
         self._handle = library.gemel_sampler_new(team, vocab_size)
         weakref.finalize(self, library.gemel_sampler_free, self._handle)
 
-    def run(
-        self, logits_SV: npt.NDArray[np.float32], draws: Sequence[native.Draw], most: int
-    ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
-        """Draw R tokens from finite rows, of which none is changed.
+    def run(self, logits: int, draws: Sequence[native.Draw]) -> list[Drawn]:
+        """One token per draw, from finite fp32 logits at this address, of which none is changed.
 
-        Returns `DRAWN`s: [R] those that were drawn, token -1 where none could be; and [R, most] the likeliest, best first, of which a draw
-        has as many as its `logprobs`.
+        Plain arrays of ctypes, because what comes before and after the call is a good part of it when there is one row: the step has just
+        emptied the caches of everything else.
         """
-        asked = (native.Draw * len(draws))(*draws)
-        drawn, likeliest = np.empty(len(draws), DRAWN), np.empty((len(draws), most), DRAWN)
+        size = len(draws)
+        most = max(0, *(draw.logprobs for draw in draws))
+        tokens, logprobs = (ctypes.c_int32 * size)(), (ctypes.c_float * size)()
+        likeliest, numbers = (ctypes.c_int32 * (size * most))(), (ctypes.c_float * (size * most))()
         self._library.gemel_sampler_run(
-            self._handle, logits_SV.ctypes.data, len(draws), asked, drawn.ctypes.data, most, likeliest.ctypes.data
+            self._handle, logits, size, (native.Draw * size)(*draws), tokens, logprobs, most, likeliest, numbers
         )
-        return drawn, likeliest
+        out = []
+        for i, draw in enumerate(draws):
+            first, last = i * most, i * most + max(0, draw.logprobs)
+            out.append(Drawn(tokens[i], logprobs[i], tuple(zip(likeliest[first:last], numbers[first:last], strict=True))))
+        return out
