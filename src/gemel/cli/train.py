@@ -41,11 +41,14 @@ def run(args: argparse.Namespace) -> int:
     recipe = read(args)
     if args.search is not None:
         return _search(args, recipe)
+    from gemel.config import env
     from gemel.train import run as training
 
     result = training.run(recipe, peak(recipe), args.quiet)
     latest = recipe.out / "latest"
-    if args.json:
+    if (place := env.place()) is not None and place.rank > 0:
+        pass  # rank 0 speaks for all
+    elif args.json:
         print(json.dumps(asdict(result) | {"path": str(latest)}))
     elif result.finished:
         loss = "" if result.validation_loss is None else f", validation loss {result.validation_loss:.4f}"

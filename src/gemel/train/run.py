@@ -95,7 +95,7 @@ def _check_shared(recipe: TrainRecipe, mesh: Mesh) -> None:
         sign.touch()
     elif not sign.exists():
         raise ConfigError(
-            f"out = {recipe.out} of rank {mesh.rank} is not the folder of rank 0, which is on another machine; set out to one that all share"
+            f"out = {recipe.out} of rank {mesh.rank} is not the folder of rank 0 on another machine; set out to one that all share"
         )
 
 
