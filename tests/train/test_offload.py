@@ -16,9 +16,11 @@ import torch
 
 from gemel.config.errors import ConfigError
 from gemel.config.optim import Precision, WeightStorage
+from gemel.model.build import load
 from gemel.train import offload
 from gemel.train.offload import Disk, Homes, Remote
 from tests import tiny
+from tests.tolerance import assert_close
 from tests.train import runs
 from tests.train.optim.problem import Problem, combinations, config
 from tests.train.test_run import go, outcome
@@ -188,6 +190,18 @@ def test_a_run_elsewhere_is_the_same_run(kind: str, tmp_path: Path, monkeypatch:
     assert go(recipe).finished
     assert outcome(tmp_path / "here")[:2] == outcome(tmp_path / "there")[:2]
     assert list((tmp_path / "there" / "work" / "offload").iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_a_run_on_a_gpu_is_the_same_run(kind: str, tmp_path: Path) -> None:
+    """But for what the GPU adds up in an order of its own."""
+    changes = {"device": "cuda", "save": {"every": 4, "keep": 1, "asynchronous": False}}
+    go(runs.recipe(tmp_path, out=str(tmp_path / "here"), **changes))
+    go(runs.recipe(tmp_path, out=str(tmp_path / "there"), offload={"optimizer": {"kind": kind}, "parameters": {"kind": kind}}, **changes))
+    here, there = (dict(load(tmp_path / name / "latest").model.named_parameters()) for name in ("here", "there"))
+    for name, x in here.items():
+        assert_close(there[name], x, "fp32_reference")
 
 
 @pytest.mark.parametrize("kind", KINDS)

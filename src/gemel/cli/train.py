@@ -39,23 +39,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, or go on."""
     recipe = read(args)
-    if args.search is not None:
-        return _search(args, recipe)
     from gemel.config import env
+    from gemel.config.errors import ConfigError
+
+    place = env.place()
+    if args.search is not None:
+        if place is not None:
+            raise ConfigError(f"--search is for one process, and this is one of {place.num_ranks}; run gemel train without torchrun")
+        return _search(args, recipe)
     from gemel.train import run as training
 
     result = training.run(recipe, peak(recipe), args.quiet)
     latest = recipe.out / "latest"
-    if (place := env.place()) is not None and place.rank > 0:
-        pass  # rank 0 speaks for all
-    elif args.json:
+    if place is not None and place.rank > 0:
+        return 0
+    if args.json:
         print(json.dumps(asdict(result) | {"path": str(latest)}))
     elif result.finished:
         loss = "" if result.validation_loss is None else f", validation loss {result.validation_loss:.4f}"
         print(f"finished at step {result.step}{loss}; try: gemel generate --model {latest} 'Once'")
     else:
         print(f"stopped at step {result.step}; the same command goes on from here")
-    return 0 if result.finished else 130
+    # What launched this process would take another status for a failure, and kill those that are still saving.
+    return 0 if result.finished or place is not None else 130
 
 
 def _search(args: argparse.Namespace, recipe: TrainRecipe) -> int:

@@ -87,7 +87,7 @@ class Loop:
     def run(self) -> Result:
         """Steps until there are enough, or no hope of better ones."""
         trainer, recipe = self._trainer, self._recipe
-        with StopRequest(self._progress, STOPPING) as stop, Prefetch(self._loader) as steps:
+        with StopRequest(self._progress, STOPPING) as stop, Prefetch(self._loader, pin=trainer.device.type == "cuda") as steps:
             while trainer.step < recipe.steps and not self._mesh.any(stop.asked) and not self._hopeless():
                 began = time.perf_counter()
                 self._mesh.at(f"waiting for the data of step {trainer.step + 1}")

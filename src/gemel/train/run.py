@@ -128,6 +128,7 @@ def _model(recipe: TrainRecipe, tokenizer: Tokenizer, found: Found | None) -> Lo
     elif isinstance(recipe.model, PretrainedModel):
         loaded = build.load(recipe.model.path, dtype, weights="dense")
     else:
+        build.described(recipe.model.config)
         loaded = fresh(recipe.model, recipe.seed, tokenizer, dtype)
     if recipe.batch.sequence > loaded.config.max_positions:
         raise ConfigError(

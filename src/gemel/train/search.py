@@ -276,7 +276,7 @@ def _store(config: SearchConfig, recipe: TrainRecipe, trials: Sequence[Trial]) -
 
 def _keep(out: Path, best: Trial | None) -> None:
     """The best trial's checkpoints, and of all others what they measured."""
-    for folder in (out / "trials").iterdir():
+    for folder in (out / "trials").glob("*"):
         if best is None or folder.name != f"{best.number:04d}":
             for name in ("latest", "best"):
                 (folder / name).unlink(missing_ok=True)

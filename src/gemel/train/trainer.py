@@ -85,6 +85,11 @@ class Trainer:
         self._detector = stability.SpikeDetector(recipe.stability)
         self.step = 0
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device
+
     def learn(self, work: Step) -> Report:
         """One step of the optimizer. A rollback is left to the caller, who has the checkpoints."""
         here = (sum(batch.weight for batch in work.batches), sum(map(self._flops.of, work.batches)))
