@@ -68,6 +68,7 @@ def _run(
     prepared: Path | None,
 ) -> Result:
     with mesh.in_turn():
+        _check_shared(recipe, mesh)
         preparation = Preparation(recipe, progress, progress.quiet, prepared)
         tokenizer = preparation.tokenizer()
         training, validation = preparation.sources(tokenizer)
@@ -84,6 +85,18 @@ def _run(
                 loop.resume(found)
                 progress.say(f"going on from step {found.step} in {recipe.out}")
             return loop.run()
+
+
+def _check_shared(recipe: TrainRecipe, mesh: Mesh) -> None:
+    """Rank 0 leaves a sign in the run's folder for the others to find."""
+    sign = recipe.out / "work" / "shared"
+    if mesh.first:
+        sign.parent.mkdir(exist_ok=True)
+        sign.touch()
+    elif not sign.exists():
+        raise ConfigError(
+            f"out = {recipe.out} of rank {mesh.rank} is not the folder of rank 0 on another machine; set out to one that all share"
+        )
 
 
 def threads_of(recipe: TrainRecipe, device: torch.device) -> int | None:

@@ -68,7 +68,8 @@ class Trainer:
         self._recipe, self.loaded, self._device = recipe, loaded, device
         mesh = mesh or Mesh()
         self._homes = Homes.of(recipe.offload, device, recipe.out / "work" / "offload")
-        self._model = self._homes.place(loaded.model, device)
+        gathered = recipe.parallel.zero == "parameters"  # moves what it keeps itself, a block at a time: the whole need not fit there
+        self._model = loaded.model if gathered else self._homes.place(loaded.model, device)
         self._flops = Flops(self._model)
         rewrite.apply(recipe, self._model, device, self._homes, mesh)
         sections = {f"{name}.weight": x.sections for name, x in self._model.named_modules() if hasattr(x, "sections")}
