@@ -170,7 +170,7 @@ def test_a_corrupt_batch_is_rolled_back_past(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_rollback_without_a_checkpoint_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemel.train.trainer.head_cross_entropy", lambda *args: (args[0].sum() * math.nan, torch.zeros(())))
+    monkeypatch.setattr("gemel.ops.head_cross_entropy", lambda *args: (args[0].sum() * math.nan, torch.zeros(())))
     with pytest.raises(ConfigError, match=r"the loss is nan.* and there is no checkpoint to go back to; set save\.every"):
         go(runs.recipe(tmp_path, save={"every": 0}))
 

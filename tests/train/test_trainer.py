@@ -15,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemel.config.train import TrainRecipe
 from gemel.model.build import LoadedModel, load
+from gemel.ops import train
+from gemel.ops.cpu import training
 from gemel.train.batch import Batch
 from gemel.train.loader import Step
 from gemel.train.trainer import Trainer
 from tests import tiny
-from tests.model.reference import save_reference
+from tests.model.reference import FAMILIES, save_reference
 from tests.tolerance import assert_close
 from tests.train import runs
 
@@ -52,7 +54,7 @@ def assert_same_gradients(got: dict[str, Tensor], want: dict[str, Tensor], row: 
         assert_close(torch.cat([gradient.flatten(), scale[None]]), torch.cat([want[name].flatten(), scale[None]]), row)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     """Documents of unequal length, some tokens not trained: sum over all trained tokens by their number."""
     model = save_reference(tmp_path / "model", family)
@@ -82,8 +84,8 @@ def test_eight_micro_batches_are_one_batch(kind: str, tmp_path: Path) -> None:
     whole, whole_grads = gradients(trainer(tmp_path, kind), runs.batch(*DOCUMENTS, trained=trained))
     parts = [runs.batch(document, trained=[flags]) for document, flags in zip(DOCUMENTS, trained, strict=True)]
     summed, summed_grads = gradients(trainer(tmp_path, kind), *parts)
-    assert_close(torch.tensor(summed), torch.tensor(whole), "fp32_reorder")
-    assert_same_gradients(summed_grads, whole_grads, "fp32_reorder")
+    assert_close(torch.tensor(summed), torch.tensor(whole), "fp32_cut")
+    assert_same_gradients(summed_grads, whole_grads, "fp32_cut")
     means = [gradients(trainer(tmp_path, kind), part)[0] for part in parts]
     assert abs(sum(means) / len(means) - whole) > 1e-3 * whole
 
@@ -93,14 +95,14 @@ def test_packed_documents_are_separate_documents(kind: str, tmp_path: Path) -> N
     """Not only the loss: what a document does to the weights does not depend on who lies beside it."""
     packed, packed_grads = gradients(trainer(tmp_path, kind), runs.batch(*DOCUMENTS[:3]))
     reversed_, reversed_grads = gradients(trainer(tmp_path, kind), runs.batch(*reversed(DOCUMENTS[:3])))
-    assert_close(torch.tensor(packed), torch.tensor(reversed_), "fp32_reorder")
-    assert_same_gradients(packed_grads, reversed_grads, "fp32_reorder")
+    assert_close(torch.tensor(packed), torch.tensor(reversed_), "fp32_cut")
+    assert_same_gradients(packed_grads, reversed_grads, "fp32_cut")
     alone = [gradients(trainer(tmp_path, kind), runs.batch(document)) for document in DOCUMENTS[:3]]
     weights = [len(document) - 1 for document in DOCUMENTS[:3]]
     shares = [weight / sum(weights) for weight in weights]
-    assert_close(torch.tensor(packed), torch.tensor(sum(s * loss for s, (loss, _) in zip(shares, alone, strict=True))), "fp32_reorder")
+    assert_close(torch.tensor(packed), torch.tensor(sum(s * loss for s, (loss, _) in zip(shares, alone, strict=True))), "fp32_cut")
     summed = {name: sum(s * g[name] for s, (_, g) in zip(shares, alone, strict=True)) for name in packed_grads}
-    assert_same_gradients(packed_grads, summed, "fp32_reorder")
+    assert_same_gradients(packed_grads, summed, "fp32_cut")
 
 
 @pytest.mark.parametrize("kind", ["gqa", "window", "learned"])
@@ -156,7 +158,8 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_selective_recomputes_only_what_is_cheap(tmp_path: Path) -> None:
+def test_selective_recomputes_only_what_is_cheap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "kernels", lambda: None)
     counts = {}
     for kind in ("none", "selective", "recompute"):
         with Calls() as calls:
@@ -167,6 +170,24 @@ def test_selective_recomputes_only_what_is_cheap(tmp_path: Path) -> None:
     assert times == {"none": (1, 1), "selective": (1, 2), "recompute": (2, 2)}
     products = {kind: found[torch.ops.aten.mm.default] for kind, found in counts.items()}
     assert products["none"] == products["selective"] < products["recompute"]
+
+
+def test_selective_recomputes_only_what_is_cheap_natively(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if training.kernels() is None:
+        pytest.skip("the kernels are not compiled")
+    monkeypatch.setattr(train, "products_are_native", lambda _: True)
+    call, counts = training.Kernels._call, {}
+    for kind in ("none", "selective", "recompute"):
+        calls: Counter[str] = Counter()
+        monkeypatch.setattr(training.Kernels, "_call", lambda self, name, *args, to=calls: (to.update([name]), call(self, name, *args))[1])
+        gradients(trainer(tmp_path, activations={"kind": kind}), runs.batch(*DOCUMENTS))
+        counts[kind] = calls
+    layers, products = 2, 4
+    extra = {kind: found - counts["none"] for kind, found in counts.items()}
+    norms = {"gemel_rms_norm_forward": 2 * layers, "gemel_rope_turn": layers, "gemel_swiglu_run": layers}
+    costly = {"gemel_gemm": layers * products, "gemel_packed_attention_forward": layers}
+    assert extra["selective"] == norms
+    assert extra["recompute"] == norms | costly
 
 
 def test_a_step_moves_the_weights_as_the_optimizer_says(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class CheckpointError(GemelError):
 
 
 class RankError(GemelError):
-    """One of the processes of a job died, failed or hangs; the message names it. What is saved is whole, so the job may be started again."""
+    """One of the processes of a job died, failed or hangs, and the message names it. What was saved is whole: the job can go on from it."""
 
 
 class RequestError(GemelError):

@@ -11,7 +11,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from gemel import ops
@@ -29,29 +28,17 @@ class Attend(Protocol):
 class PackedAttend:
     """Documents packed end to end, each seeing only itself; differentiable.
 
-    `starts` are the document bounds: document d is tokens starts[d] to starts[d + 1], and the last entry is T. Documents are computed one
-    by one, so each result is bitwise the one that the document has alone.
+    `starts` are the document bounds: document d is tokens starts[d] to starts[d + 1], and the last entry is T. A document's result is
+    bitwise the one that it has alone.
     """
 
     def __init__(self, config: ModelConfig, starts: tuple[int, ...]):
         assert starts[0] == 0 and all(a < b for a, b in pairwise(starts)), f"not document bounds: {starts}"
-        self._bounds = list(pairwise(starts))
+        self._starts = starts
         self._windows = [config.window(layer) for layer in range(config.num_layers)]
         self._slopes_N = ops.alibi_slopes(config.num_heads) if isinstance(config.positions, Alibi) else None
-        self._biases: dict[tuple[int, int | None], Tensor | None] = {}
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Attention outputs [T, N, H]; T must be the last bound."""
-        assert len(q_TNH) == self._bounds[-1][1], f"{len(q_TNH)} tokens given, documents end at {self._bounds[-1][1]}"
-        window = self._windows[layer]
-        outs = [
-            ops.attention(q_TNH[a:b], k_TKH[a:b], v_TKH[a:b], window=window, bias=self._bias(b - a, window, q_TNH)) for a, b in self._bounds
-        ]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    def _bias(self, length: int, window: int | None, like: Tensor) -> Tensor | None:
-        """What the scores of a document of this length get, built at the first layer that needs it."""
-        key = (length, window)
-        if key not in self._biases:
-            self._biases[key] = ops.causal_bias(length, length, like, window, self._slopes_N)
-        return self._biases[key]
+        assert len(q_TNH) == self._starts[-1], f"{len(q_TNH)} tokens given, documents end at {self._starts[-1]}"
+        return ops.packed_attention(q_TNH, k_TKH, v_TKH, self._starts, self._windows[layer], self._slopes_N)

@@ -33,14 +33,16 @@ class Attention(nn.Module):
         """[T, D] to [T, D]. Head counts come from the product's own width, so a part of the heads runs through the same lines."""
         qkv_TMH = self.qkv(x_TD).unflatten(-1, (-1, self.head_width))
         num_kv_heads = qkv_TMH.shape[1] // (self.group + 2)
-        qk_TMH, v_TKH = qkv_TMH[:, :-num_kv_heads], qkv_TMH[:, -num_kv_heads:]
+        num_heads = num_kv_heads * self.group
+        qk_TMH, v_TKH = qkv_TMH.split((num_heads + num_kv_heads, num_kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
-            q_TNH, k_TKH = self.q_norm(qk_TMH[:, :-num_kv_heads]), self.k_norm(qk_TMH[:, -num_kv_heads:])
+            q_TNH, k_TKH = qk_TMH.split((num_heads, num_kv_heads), 1)
+            q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
             if rotation is not None:
                 q_TNH, k_TKH = ops.rope(q_TNH, *rotation), ops.rope(k_TKH, *rotation)
         else:
             if rotation is not None:
                 qk_TMH = ops.rope(qk_TMH, *rotation)
-            q_TNH, k_TKH = qk_TMH[:, :-num_kv_heads], qk_TMH[:, -num_kv_heads:]
+            q_TNH, k_TKH = qk_TMH.split((num_heads, num_kv_heads), 1)
         out_TD: Tensor = self.out(attend(self.layer, q_TNH, k_TKH, v_TKH).flatten(1))
         return out_TD

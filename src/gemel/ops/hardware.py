@@ -83,12 +83,7 @@ def memory(root: Path = Path("/")) -> Memory:
 
 def isa(root: Path = Path("/")) -> tuple[str, ...]:
     """Those of `ISA` that the processor has; empty where the system does not say."""
-    found: set[str] = set()
-    for line in _read(root / "proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip().lower() in ("flags", "features"):
-            found = set(value.split())
-            break
+    found = (_cpuinfo(root, "flags") or _cpuinfo(root, "features")).split()
     return tuple(name for name in ISA if name in found)
 
 
@@ -97,13 +92,23 @@ def native_bf16(root: Path = Path("/")) -> bool:
     return any(name in NATIVE_BF16 for name in isa(root))
 
 
+def vendor(root: Path = Path("/")) -> str:
+    """The maker of an x86 processor as it calls itself ("AuthenticAMD", "GenuineIntel"); empty elsewhere."""
+    return _cpuinfo(root, "vendor_id")
+
+
 def cpu_name(root: Path = Path("/")) -> str:
     """The processor in its maker's words."""
+    return _cpuinfo(root, "model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(root: Path, name: str) -> str:
+    """What Linux says under this name of the first CPU."""
     for line in _read(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
-        if key.strip() == "model name":
+        if key.strip().lower() == name:
             return value.strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def _groups(root: Path, controller: str) -> list[Path]:

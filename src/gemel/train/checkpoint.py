@@ -11,7 +11,8 @@ are safetensors and all else is JSON; nothing is pickled.
 
 Of several processes rank 0 writes, and all find the same; see `parallel`.
 
-A save copies what it needs and goes on in a thread of its own. The next save waits for it, and so does the end of the run.
+A save copies what it needs and goes on in a thread of its own, or writes it as it is and waits. The next save waits for the one before, and
+so does the end of the run.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class Checkpoints:
             return
         self.wait()
         tensors: dict[str, Tensor] = {}
-        plain = _split(state, "", tensors)
-        model = _copy(loaded)
+        plain = _split(state, "", tensors, self._config.asynchronous)
+        model = _copy(loaded) if self._config.asynchronous else loaded
         self._writer = threading.Thread(target=self._work, args=(step, model, plain, tensors, best), name="checkpoint", daemon=True)
         self._writer.start()
         if not self._config.asynchronous:
@@ -205,15 +206,15 @@ def _copy(loaded: LoadedModel) -> LoadedModel:
     return replace(loaded, model=copy.deepcopy(loaded.model, weights))
 
 
-def _split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """The same without tensors, which are copied to `tensors`; `{"tensor": name}` stands in their place."""
+def _split(value: Any, name: str, tensors: dict[str, Tensor], copied: bool) -> Any:
+    """The same without tensors, which go to `tensors`, as copies or not; `{"tensor": name}` stands in their place."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        tensors[name] = value.detach().to("cpu", copy=copied, memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, Mapping):
-        return {key: _split(inner, f"{name}/{key}".lstrip("/"), tensors) for key, inner in value.items()}
+        return {key: _split(inner, f"{name}/{key}".lstrip("/"), tensors, copied) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_split(inner, f"{name}/{i}", tensors) for i, inner in enumerate(value)]
+        return [_split(inner, f"{name}/{i}", tensors, copied) for i, inner in enumerate(value)]
     assert value is None or isinstance(value, str | int | float), f"{name} is {type(value).__name__}, which JSON does not know"
     return value
 

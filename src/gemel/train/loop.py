@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from gemel.train.progress import Progress
 from gemel.train.trainer import Report, Trainer
 
 Json = dict[str, Any]
+Watch = Callable[[int, float], bool]  # step and validation loss; whether to give up
 STOPPING = "stopping after this step, with a checkpoint; again to stop now, which loses the steps since the last one"
 
 
@@ -61,8 +62,10 @@ class Loop:
         metrics: Metrics | None,
         progress: Progress,
         mesh: Mesh | None = None,
+        watch: Watch | None = None,
     ):
         """Of several ranks each has a loop, and all do the same; the one with metrics writes them."""
+        self._watch, self._given_up = watch, False
         self._recipe, self._trainer, self._loader, self._validation = recipe, trainer, loader, validation
         self._checkpoints, self._metrics, self._progress = checkpoints, metrics, progress
         self._mesh = mesh or Mesh()
@@ -143,6 +146,7 @@ class Loop:
         self._validation_loss, self._looked = mean, self._trainer.step
         self._event("validation", self._trainer.step, {"loss": mean, "sources": losses})
         self._progress.say(f"step {self._trainer.step}: validation loss {mean:.4f}")
+        self._given_up = self._watch is not None and self._mesh.any(self._watch(self._trainer.step, mean))
         if mean < self._best.loss:
             self._best = Best(mean, 0)
             if self._recipe.save.best:
@@ -152,7 +156,7 @@ class Loop:
 
     def _hopeless(self) -> bool:
         patience = self._recipe.validation.patience
-        return patience is not None and self._best.looks_since >= patience
+        return self._given_up or (patience is not None and self._best.looks_since >= patience)
 
     def _save(self, best: bool = False) -> None:
         if self._saved == self._trainer.step:

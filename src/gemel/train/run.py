@@ -21,10 +21,10 @@ from gemel.model.build import LoadedModel
 from gemel.model.model import Model
 from gemel.ops import hardware
 from gemel.tokenizer.tokenizer import Tokenizer
-from gemel.train import precision
+from gemel.train import precision, trackers
 from gemel.train.checkpoint import Checkpoints, Found
 from gemel.train.loader import Loader
-from gemel.train.loop import Loop, Result
+from gemel.train.loop import Loop, Result, Watch
 from gemel.train.metrics import Metrics
 from gemel.train.parallel.mesh import Mesh, join
 from gemel.train.prepare import Preparation
@@ -34,10 +34,18 @@ from gemel.train.trainer import Trainer
 RECIPE = "run.toml"
 
 
-def run(recipe: TrainRecipe, peak_flops_per_s: float | None = None, quiet: bool = False) -> Result:
+def run(
+    recipe: TrainRecipe,
+    peak_flops_per_s: float | None = None,
+    quiet: bool = False,
+    watch: Watch | None = None,
+    prepared: Path | None = None,
+) -> Result:
     """Do what is missing of a run. `peak_flops_per_s` is what utilization is measured against, of this process.
 
-    Where a launcher has started several processes, all of them must call it; rank 0 writes and speaks.
+    `watch` is asked after every look at the validation data whether to give up. `prepared` is a folder for learnt tokenizers and tokenized
+    data, if that is not the run's own: several runs, one after the other, can share it. Where a launcher has started several processes, all
+    of them must call it; rank 0 writes and speaks.
     """
     device = device_of(recipe)
     torch.manual_seed(recipe.seed)
@@ -46,15 +54,22 @@ def run(recipe: TrainRecipe, peak_flops_per_s: float | None = None, quiet: bool 
     with join(recipe.parallel, device) as mesh:
         recipe.out.mkdir(parents=True, exist_ok=True)
         with manifest.Lock(recipe.out, shared=False) if mesh.first else nullcontext():
-            if peak_flops_per_s is not None:
-                peak_flops_per_s = mesh.sum([peak_flops_per_s])[0]
-            return _run(recipe, device, mesh, peak_flops_per_s, quiet or not mesh.first)
+            peak = None if peak_flops_per_s is None else mesh.sum([peak_flops_per_s])[0]
+            return _run(recipe, device, mesh, Progress(recipe.steps, peak, quiet or not mesh.first), peak, watch, prepared)
 
 
-def _run(recipe: TrainRecipe, device: torch.device, mesh: Mesh, peak_flops_per_s: float | None, quiet: bool) -> Result:
-    progress = Progress(recipe.steps, peak_flops_per_s, quiet)
+def _run(
+    recipe: TrainRecipe,
+    device: torch.device,
+    mesh: Mesh,
+    progress: Progress,
+    peak_flops_per_s: float | None,
+    watch: Watch | None,
+    prepared: Path | None,
+) -> Result:
     with mesh.in_turn():
-        preparation = Preparation(recipe, progress, quiet)
+        _check_shared(recipe, mesh)
+        preparation = Preparation(recipe, progress, progress.quiet, prepared)
         tokenizer = preparation.tokenizer()
         training, validation = preparation.sources(tokenizer)
     with Checkpoints(recipe.out, recipe.save, tokenizer, mesh) as checkpoints:
@@ -64,12 +79,24 @@ def _run(recipe: TrainRecipe, device: torch.device, mesh: Mesh, peak_flops_per_s
         trainer = Trainer(recipe, _model(recipe, tokenizer, found), device, mesh)
         loader = Loader(training, recipe.batch, mesh.data.rank, mesh.data.size)
         num_bytes = 0 if found is None else found.state["metrics_bytes"]
-        with Metrics(recipe.out, num_bytes, peak_flops_per_s, recipe.metrics.tensorboard) if mesh.first else nullcontext() as metrics:
-            loop = Loop(recipe, trainer, loader, validation, checkpoints, metrics, progress, mesh)
+        with Metrics(recipe.out, num_bytes, peak_flops_per_s, trackers.of(recipe)) if mesh.first else nullcontext() as metrics:
+            loop = Loop(recipe, trainer, loader, validation, checkpoints, metrics, progress, mesh, watch)
             if found is not None:
                 loop.resume(found)
                 progress.say(f"going on from step {found.step} in {recipe.out}")
             return loop.run()
+
+
+def _check_shared(recipe: TrainRecipe, mesh: Mesh) -> None:
+    """Rank 0 leaves a sign in the run's folder for the others to find."""
+    sign = recipe.out / "work" / "shared"
+    if mesh.first:
+        sign.parent.mkdir(exist_ok=True)
+        sign.touch()
+    elif not sign.exists():
+        raise ConfigError(
+            f"out = {recipe.out} of rank {mesh.rank} is not the folder of rank 0 on another machine; set out to one that all share"
+        )
 
 
 def threads_of(recipe: TrainRecipe, device: torch.device) -> int | None:

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from gemel.config.train import TrainRecipe
 from gemel.model.build import LoadedModel
-from gemel.model.leaves.linear import Linear
-from gemel.train import optim, precision, recompute, schedule, stability
+from gemel.train import optim, precision, rewrite, schedule, stability
 from gemel.train.batch import Batch
 from gemel.train.flops import Flops
 from gemel.train.loader import Step
+from gemel.train.offload import Homes
 from gemel.train.parallel.mesh import Mesh
 from gemel.train.parallel.ranks import Ranks
 
@@ -66,19 +66,19 @@ class Trainer:
 
     def __init__(self, recipe: TrainRecipe, loaded: LoadedModel, device: torch.device, mesh: Mesh | None = None):
         self._recipe, self.loaded, self._device = recipe, loaded, device
-        self._model = loaded.model.to(device)
+        mesh = mesh or Mesh()
+        self._homes = Homes.of(recipe.offload, device, recipe.out / "work" / "offload")
+        gathered = recipe.parallel.zero == "parameters"  # moves what it keeps itself, a block at a time: the whole need not fit there
+        self._model = loaded.model if gathered else self._homes.place(loaded.model, device)
         self._flops = Flops(self._model)
-        leaves = {name: module for name, module in self._model.named_modules() if isinstance(module, Linear)}
-        sections = {f"{name}.weight": x.sections for name, x in leaves.items()}
+        rewrite.apply(recipe, self._model, device, self._homes, mesh)
+        sections = {f"{name}.weight": x.sections for name, x in self._model.named_modules() if hasattr(x, "sections")}
         if recipe.batch.micro_sequences < recipe.batch.sequences:
             precision.add_up_in_fp32(p for p in self._model.parameters() if p.requires_grad)
-        mesh = mesh or Mesh()
-        if mesh.pipeline.size == 1:
-            recompute.apply(recipe.activations, list(self._model.layers))
         self._ranks = Ranks(recipe, loaded, mesh)
         pieces = self._ranks.gradients.pieces
         moved, starts = {name: x.tensor for name, x in pieces.items()}, {name: x.start for name, x in pieces.items()}
-        self._optimizer = optim.build(recipe.optim, moved.items(), sections, self._ranks.parameters, starts)
+        self._optimizer = optim.build(recipe.optim, moved.items(), sections, self._ranks.parameters, starts, self._homes)
         self.dtype = precision.parameter_dtype(recipe.optim)
         self._numbers = precision.Numbers(recipe.precision, self.dtype, device)
         self._clip = stability.ClipState()
@@ -157,8 +157,8 @@ class Trainer:
         return loss, weight
 
     def whole(self) -> LoadedModel:
-        """The model with its weights, whole on rank 0. All ranks must call it."""
-        return self._ranks.whole()
+        """The model with its weights, wherever its parts are, whole on rank 0. All ranks must call it."""
+        return self._homes.whole(self._ranks.whole())
 
     def state_dict(self) -> Json:
         """All that the next step depends on, but for the weights; of all ranks on rank 0. All ranks must call it."""
@@ -190,4 +190,4 @@ class Trainer:
         self.load_state_dict(state)
         self._detector = detector
         self._detector.rolled_back(self.step)
-        self._ranks.put(weights.model)
+        self._ranks.put(weights.model, self._homes.write)

@@ -12,8 +12,8 @@ from torch import Tensor
 from gemel.config.errors import ConfigError
 from gemel.model.attend import Attend, PackedAttend
 from gemel.model.build import LoadedModel
+from gemel.ops import head_cross_entropy
 from gemel.train.batch import Batch
-from gemel.train.loss import head_cross_entropy
 from gemel.train.parallel import context
 from gemel.train.parallel.context import Layout, RingAttend, UlyssesAttend
 from tests import tiny
@@ -60,7 +60,7 @@ def ring() -> None:
     same("window", LONG, "ring")
     same("gqa", FEW, "ring")
     with pytest.MonkeyPatch.context() as patch:  # what devices without our kernels do; in slices of a few queries
-        patch.setattr(context, "native_kernels", lambda *_: None)
+        patch.setattr(context, "fit", lambda *_: None)
         patch.setattr(context, "SCORE_BYTES", 2000)
         same("gqa", CROSSING, "ring")
         same("window", CROSSING, "ring")

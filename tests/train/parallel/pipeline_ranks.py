@@ -14,9 +14,9 @@ from gemel.config.errors import ConfigError
 from gemel.config.parallel import GPipe, Interleaved, OneFOneB, Pipeline, ZeroBubble
 from gemel.model.attend import PackedAttend
 from gemel.model.build import LoadedModel
+from gemel.ops import head_cross_entropy
 from gemel.train import precision
 from gemel.train.batch import Batch
-from gemel.train.loss import head_cross_entropy
 from gemel.train.parallel.mesh import Axis
 from gemel.train.parallel.pipeline import Pipeline as Stages
 from tests import tiny

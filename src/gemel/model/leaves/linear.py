@@ -13,6 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from gemel import ops
 from gemel.config.errors import ConfigError
 
 ShardStyle = Literal["column", "row"]
@@ -47,6 +48,10 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.sections = sections or (out_features,)
         assert sum(self.sections) == out_features
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, in_features] to [T, out_features]."""
+        return ops.linear(x_TD, self.weight, self.bias)
 
     def plain(self) -> Tensor:
         """The weight itself."""

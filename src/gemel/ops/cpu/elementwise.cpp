@@ -54,14 +54,8 @@ void store_some(T* to, f32 v, int count) {
 template <class T>
 void norm_row(const gemel_rms_norm& job, int row) {
     const int width = job.width;
-    const T* x = row_of<T>(job.x, row, job.group, width);
+    const T* const x = row_of<T>(job.x, row, job.group, width);
     f32 squares = zero();
-    if (job.residual.data) {
-        const T* residual = row_of<T>(job.residual, row, job.group, width);
-        T* const sum = static_cast<T*>(job.sum) + int64_t{row} * width;
-        for (int i = 0; i < width; i += W) store_some(sum + i, add(load_some(x + i, width - i), load_some(residual + i, width - i)), width - i);
-        x = sum;
-    }
     for (int i = 0; i < width; i += W) {
         const f32 v = load_some(x + i, width - i);
         squares = fma(v, v, squares);
@@ -79,7 +73,6 @@ template <class T>
 void norm_row_back(const gemel_rms_norm& job, int row, float* d_scale) {
     const int width = job.width;
     const T *x = row_of<T>(job.x, row, job.group, width), *d_y = row_of<T>(job.d_y, row, job.group, width);
-    const T* d_sum = job.d_sum.data ? row_of<T>(job.d_sum, row, job.group, width) : nullptr;
     const f32 factor = set1(job.factor[row]);
     f32 products = zero();
     for (int i = 0; i < width; i += W) {
@@ -93,8 +86,7 @@ void norm_row_back(const gemel_rms_norm& job, int row, float* d_scale) {
     for (int i = 0; i < width; i += W) {
         const int left = width - i;
         const f32 n = mul(load_some(x + i, left), factor), straight = mul(load_some(d_y + i, left), load_some(job.scale + i, left));
-        const f32 d = mul(factor, sub(straight, mul(n, mean)));
-        store_some(d_x + i, d_sum ? add(d, load_some(d_sum + i, left)) : d, left);
+        store_some(d_x + i, mul(factor, sub(straight, mul(n, mean))), left);
     }
 }
 

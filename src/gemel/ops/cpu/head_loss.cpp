@@ -38,9 +38,9 @@ class HeadLoss {
         : shop_(shop), job_(job), width_(job.width), hidden_(static_cast<const T*>(job.hidden)), weight_(static_cast<const T*>(job.weight)),
           blocks_(divide_up(job.vocab, kBlockRows)), columns_(divide_up(width_, NR)), losses_(static_cast<size_t>(job.num_tokens)),
           zs_(losses_.size()) {
-        const int64_t fit = kScoreBytes / (int64_t{job.vocab} * static_cast<int64_t>(sizeof(T))) / kBlockRows;
-        const int slices = divide_up(job.num_tokens, std::max<int64_t>(1, fit) * kBlockRows);
-        most_ = divide_up(divide_up(job.num_tokens, slices), kBlockRows) * kBlockRows;
+        const int64_t fit = kScoreBytes / (int64_t{job.vocab} * static_cast<int64_t>(sizeof(T)));
+        const int slices = divide_up(job.num_tokens, std::max<int64_t>(kBlockRows, fit));
+        most_ = divide_up(divide_up(job.num_tokens, slices), NR) * NR;
     }
 
     void run() {
@@ -52,8 +52,8 @@ class HeadLoss {
         target_logit_ = std::vector<float>(static_cast<size_t>(most_));
         if (differentiate) {
             scores_ = shop_.shared[2].take<T>(int64_t{job_.vocab} * most_);
-            const int64_t panels = columns_ * panel_size(), rows = most_ * chunk_ld();
-            panels_ = shop_.shared[3].take<P>(panels + rows + int64_t{columns_} * NR * most_ * sizeof(float) / sizeof(P));
+            const int64_t panels = columns_ * panel_size(), rows = most_ * chunk_ld(), blocks = divide_up(most_, kBlockRows);
+            panels_ = shop_.shared[3].take<P>(panels + rows + blocks * columns_ * kBlockRows * NR * sizeof(float) / sizeof(P));
             slopes_ = panels_ + panels;
             sums_ = reinterpret_cast<float*>(slopes_ + rows);
         }

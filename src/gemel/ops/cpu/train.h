@@ -71,17 +71,15 @@ typedef struct {
     int64_t ld;
 } gemel_rows;
 
-/* y = x factor scale, where factor = 1 / sqrt(mean(x^2) + eps) is kept for the gradient; with a residual, of x + residual, which goes to
- * `sum`. Results follow one another without gaps. `d_sum` is what comes back to the sum by other ways than through the norm. */
+/* y = x factor scale, where factor = 1 / sqrt(mean(x^2) + eps) is kept for the gradient. Results follow one another without gaps. */
 typedef struct {
     int32_t num_rows, group, width, format;
     float eps;
     int32_t reserved;
-    gemel_rows x, residual, d_y, d_sum;
+    gemel_rows x, d_y;
     const float* scale; /* [width] */
     float* factor;      /* [num_rows] */
-    void *sum, *y;
-    void* d_x;
+    void *y, *d_x;
     float* d_scale; /* [width] */
 } gemel_rms_norm;
 GEMEL_API void gemel_rms_norm_forward(gemel_workshop* workshop, const gemel_rms_norm* job);

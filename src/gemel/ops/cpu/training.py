@@ -60,8 +60,8 @@ class RMSNorm(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("num_rows", "group", "width", "format")),
         *(("eps", c_float), ("reserved", c_int32)),
-        *((name, Rows) for name in ("x", "residual", "d_y", "d_sum")),
-        *((name, c_void_p) for name in ("scale", "factor", "sum", "y", "d_x", "d_scale")),
+        *(("x", Rows), ("d_y", Rows)),
+        *((name, c_void_p) for name in ("scale", "factor", "y", "d_x", "d_scale")),
     ]
 
 
@@ -191,21 +191,19 @@ class Kernels:
         self._call("gemel_packed_attention_backward", ctypes.byref(job))
         return gradients[0], gradients[1], gradients[2]
 
-    def rms_norm(self, x: Tensor, residual: Tensor | None, scale_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """What was normed (x, or its sum with the residual), the result, and the factor of each row. `scale_D` fp32."""
+    def rms_norm(self, x: Tensor, scale_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The result, and the factor of each row. `scale_D` fp32."""
         job = _norm(x, scale_D)
-        total = x if residual is None else torch.empty(x.shape, dtype=x.dtype)
         y, factor = torch.empty(x.shape, dtype=x.dtype), torch.empty(job.num_rows)
-        job.eps, job.residual = eps, _rows_of(residual)
-        job.sum, job.y, job.factor = total.data_ptr(), y.data_ptr(), factor.data_ptr()
+        job.eps, job.y, job.factor = eps, y.data_ptr(), factor.data_ptr()
         self._call("gemel_rms_norm_forward", ctypes.byref(job))
-        return total, y, factor
+        return y, factor
 
-    def rms_norm_backward(self, x: Tensor, scale_D: Tensor, factor: Tensor, d_y: Tensor, d_sum: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The gradients of what was normed and of the scale (fp32); `d_sum` reaches what was normed past the norm."""
+    def rms_norm_backward(self, x: Tensor, scale_D: Tensor, factor: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of what was normed and of the scale (fp32)."""
         job = _norm(x, scale_D)
         d_x, d_scale_D = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(scale_D)
-        job.d_y, job.d_sum, job.factor = _rows_of(d_y), _rows_of(d_sum), factor.data_ptr()
+        job.d_y, job.factor = _rows_of(d_y), factor.data_ptr()
         job.d_x, job.d_scale = d_x.data_ptr(), d_scale_D.data_ptr()
         self._call("gemel_rms_norm_backward", ctypes.byref(job))
         return d_x, d_scale_D

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from gemel.config.errors import CheckpointError, ConfigError
 from gemel.config.optim import SGD, Adafactor, AdamW, Lion, Muon, OptimConfig
+from gemel.train.offload import Home, Homes
 from gemel.train.optim import adafactor, adamw, lion, muon, noise, sgd
 from gemel.train.optim.method import At, Method, Slot
 from gemel.train.optim.settings import Settings, assign, shapes_of
@@ -41,16 +43,37 @@ class Member:
         self._state = [_state_store(config, f"{name}.{slot.name}", slot, allocate) for slot in self._slots]
         self._stretch = STRETCH if method.elementwise else parameter.numel()
 
-    def step(self, lr: float) -> None:
-        """Move the weights along their gradient; nothing happens where there is none."""
-        grad = self.parameter.grad
-        if grad is None:
-            return
+    def begin(self, lr: float) -> At:
+        """A step; `proceed` must follow for all of `starts`."""
         self.num_steps += 1
-        at = At(lr * self.settings.lr_scale, self.settings.weight_decay, self.num_steps)
-        flat, num = grad.detach().reshape(-1), self.parameter.numel()
-        for start in range(0, num, self._stretch):
-            self._update(at, flat[start : start + self._stretch].float(), start)
+        return At(lr * self.settings.lr_scale, self.settings.weight_decay, self.num_steps)
+
+    def proceed(self, at: At, start: int) -> None:
+        """Move the piece of the weights that begins at `start` along its gradient."""
+        assert self.parameter.grad is not None
+        flat, stop = self.parameter.grad.detach().reshape(-1), min(start + self.piece, self.parameter.numel())
+        for begin in range(start, stop, self._stretch):
+            self._update(at, flat[begin : min(begin + self._stretch, stop)].float(), begin)
+
+    @property
+    def piece(self) -> int:
+        """Elements that are fetched together, if they live elsewhere: several stretches, because disks like long reads."""
+        return 8 * self._stretch if self.method.elementwise else max(self._stretch, 1)
+
+    @property
+    def starts(self) -> range:
+        """Of the pieces."""
+        return range(0, self.parameter.numel(), self.piece)
+
+    def part(self, start: int) -> tuple[float, float]:
+        """What share of the whole the piece that begins at `start` is."""
+        num = self.parameter.numel()
+        return start / num, min(start + self.piece, num) / num
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """Everything that a step reads and writes: weights and state."""
+        return [self.parameter.detach(), *(x for store in (self._weight, *self._state) for x in store.kept.values())]
 
     def _update(self, at: At, g: Tensor, start: int) -> None:
         stop = start + g.numel()
@@ -79,14 +102,24 @@ class Member:
 class Optimizer:
     """All parameters that are trained. Make it with `build`."""
 
-    def __init__(self, members: Sequence[Member]):
-        self._members = members
+    def __init__(self, members: Sequence[Member], homes: Sequence[Home] = ()):
+        self._members, self._homes = members, homes
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update from the `.grad` of every parameter, which are not changed. `lr` is the rate of this step."""
-        for member in self._members:
-            member.step(lr)
+        pieces = [(member, start) for member in self._members if member.parameter.grad is not None for start in member.starts]
+        for (member, start), following in zip_longest(pieces, pieces[1:]):
+            if start == 0:
+                at = member.begin(lr)
+            for home in self._homes:
+                home.ahead(member.memory, member.part(start))
+                if following is not None:
+                    home.ahead(following[0].memory, following[0].part(following[1]))
+                home.fetch(member.memory)
+            member.proceed(at, start)
+            for home in self._homes:
+                home.behind(member.memory, changed=True, part=member.part(start))
 
     @property
     def state_bytes(self) -> int:
@@ -95,7 +128,7 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors by name, fit for safetensors; they share memory with the optimizer. The parameters are not among them."""
-        tensors = {name: x for member in self._members for name, x in member.kept().items()}
+        tensors = {name: self._at_home(x) for member in self._members for name, x in member.kept().items()}
         return tensors | {f"{member.name}.step": torch.tensor(member.num_steps) for member in self._members}
 
     @property
@@ -109,8 +142,15 @@ class Optimizer:
         _check(mine, state)
         for name, x in mine.items():
             x.copy_(state[name])
+            for home in self._homes:
+                home.behind([x], changed=False)
         for member in self._members:
             member.num_steps = int(state[f"{member.name}.step"])
+
+    def _at_home(self, x: Tensor) -> Tensor:
+        for home in self._homes:
+            x = home.at_home(x)
+        return x
 
 
 def build(
@@ -119,13 +159,14 @@ def build(
     sections: Mapping[str, Sequence[int]] | None = None,
     whole: Mapping[str, Tensor] | None = None,
     starts: Mapping[str, int] | None = None,
+    homes: Homes | None = None,
 ) -> Optimizer:
     """The optimizer of all parameters that require gradients.
 
     `sections` are, by parameter name, the heights of matrices that lie fused in one; only Muon asks for them. Where this
     process moves only a part, `whole` are all trained parameters (without memory, perhaps), which decide what patterns hit, and `starts`
-    says where what is given begins. `ConfigError` if nothing is trained, if a parameter's type does not fit `weights`, or if a pattern hits
-    nothing.
+    says where what is given begins. `homes` are where state and parameters live, if not where they are used. `ConfigError` if nothing is
+    trained, if a parameter's type does not fit `weights`, or if a pattern hits nothing.
     """
     trained = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
     if not (whole or trained):
@@ -139,8 +180,11 @@ def build(
         one = settings[name]
         if isinstance(config.method, Muon) and not isinstance(methods[name], muon.Muon):
             one = Settings(one.lr_scale * config.method.rest_lr_scale, one.weight_decay, one.l1)
-        members.append(Member(name, parameter, methods[name], one, config, _in_memory(parameter.device), (starts or {}).get(name, 0)))
-    return Optimizer(members)
+        allocate = _in_memory(parameter.device) if homes is None or homes.optimizer is None else homes.optimizer.allocate
+        members.append(Member(name, parameter, methods[name], one, config, allocate, (starts or {}).get(name, 0)))
+        for home in homes.all if homes else ():
+            home.behind(members[-1].memory, changed=True)
+    return Optimizer(members, homes.all if homes else ())
 
 
 def elementwise(config: OptimConfig, trained: Mapping[str, Tensor]) -> dict[str, bool]:

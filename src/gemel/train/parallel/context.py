@@ -34,7 +34,8 @@ from torch.autograd.function import once_differentiable
 from gemel import ops
 from gemel.config.errors import ConfigError
 from gemel.config.model import Alibi, ModelConfig
-from gemel.ops.train import native_kernels, packed_attention
+from gemel.ops.cpu.autograd import fit
+from gemel.ops.train import packed_attention
 from gemel.train.batch import Batch
 
 SCORE_BYTES = 2**23  # of an encounter's scores that are held at a time
@@ -269,7 +270,7 @@ class _Part:
 
     def forward(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, lse_TN: Tensor) -> None:
         """Merge into `out_TNH` and `lse_TN`, the results from the keys that were seen before (both fp32)."""
-        if isinstance(self.place, Own) and (kernels := native_kernels(q_TNH, k_TKH, v_TKH)):
+        if isinstance(self.place, Own) and (kernels := fit(q_TNH, k_TKH, v_TKH)):
             rows = self.place.rows
             out_SNH, lse2_NS = kernels.packed_attention(q_TNH[rows], k_TKH[rows], v_TKH[rows], *self._packed(self.place))
             _merge(out_TNH[rows], lse_TN[rows], out_SNH, lse2_NS.t() * math.log(2))
@@ -296,7 +297,7 @@ class _Part:
         d_v_TKH: Tensor,
     ) -> None:
         """Add to the gradients; outputs and logarithms are those of all keys."""
-        if isinstance(self.place, Own) and (kernels := native_kernels(q_TNH, k_TKH, v_TKH, d_out_TNH)):
+        if isinstance(self.place, Own) and (kernels := fit(q_TNH, k_TKH, v_TKH, d_out_TNH)):
             rows = self.place.rows
             lse2_NS = (lse_TN[rows].t() / math.log(2)).contiguous()
             inputs = (q_TNH[rows], k_TKH[rows], v_TKH[rows], *self._packed(self.place), out_TNH[rows], lse2_NS, d_out_TNH[rows])

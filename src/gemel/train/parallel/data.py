@@ -12,7 +12,7 @@ Methods that look at a matrix as a whole get it whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from gemel.train.parallel.mesh import Mesh
 from gemel.train.parallel.sums import Bucket, Slice, Sums, add_up, buckets, unpack
 
 Named = Mapping[str, nn.Parameter]
+Write = Callable[[Tensor, Tensor], None]  # a tensor, and what it becomes
 
 
 class Gradients(Protocol):
@@ -48,8 +49,8 @@ class Gradients(Protocol):
         """Behind the optimizer, whether it moved or not: everybody has the weights, nobody has gradients."""
         ...
 
-    def put(self, name: str, part: Tensor) -> None:
-        """Other weights in the place of this tensor rank's part of a parameter."""
+    def put(self, name: str, part: Tensor, write: Write) -> None:
+        """Other weights in the place of this tensor rank's part of a parameter, by `write`, which changes a tensor."""
         ...
 
 
@@ -77,9 +78,9 @@ class Everything:
             parameter.grad = None
 
     @torch.no_grad()
-    def put(self, name: str, part: Tensor) -> None:
+    def put(self, name: str, part: Tensor, write: Write) -> None:
         """See `Gradients.put`."""
-        self._named[name].copy_(part)
+        write(self._named[name], part)
 
 
 class _Owned:
@@ -111,9 +112,9 @@ class _Owned:
                 torch._foreach_copy_(parts, list(torch.split(flat, [len(part) for part in parts])))
 
     @torch.no_grad()
-    def put(self, name: str, part: Tensor) -> None:
+    def put(self, name: str, part: Tensor, write: Write) -> None:
         """See `Gradients.put`."""
-        self._named[name].copy_(part)
+        write(self._named[name], part)
 
 
 class OwnedStates(_Owned):

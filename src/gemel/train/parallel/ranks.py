@@ -15,6 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from gemel import ops
 from gemel.config.errors import ConfigError
 from gemel.config.model import ModelConfig
 from gemel.config.parallel import ParallelConfig, Ring, Ulysses
@@ -25,12 +26,11 @@ from gemel.model.build import LoadedModel
 from gemel.model.model import Model
 from gemel.train import optim, precision, recompute, stability
 from gemel.train.batch import Batch
-from gemel.train.loss import head_cross_entropy
 from gemel.train.optim import Optimizer
 from gemel.train.parallel import data, layout, sharded, tensor, vocabulary
 from gemel.train.parallel.collectives import enter
 from gemel.train.parallel.context import Layout, RingAttend, UlyssesAttend, check_heads
-from gemel.train.parallel.data import Gradients
+from gemel.train.parallel.data import Gradients, Write
 from gemel.train.parallel.layout import Held
 from gemel.train.parallel.mesh import Mesh
 from gemel.train.parallel.pipeline import Pipeline
@@ -108,10 +108,10 @@ class Ranks:
         return layout.part(batch, axis.rank), (RingAttend if ring else UlyssesAttend)(config, layout, axis.group)
 
     def head_loss(self, hidden_TD: Tensor, batch: Batch, weights_T: Tensor, z_loss: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
-        """See `loss.head_cross_entropy`; the same on all tensor ranks."""
+        """See `ops.head_cross_entropy`; the same on all tensor ranks."""
         weight_VD, axis = self._model.head.weight, self._mesh.tensor
         if axis.size == 1:
-            return head_cross_entropy(hidden_TD, weight_VD, batch.targets_T, weights_T, z_loss, label_smoothing)
+            return ops.head_cross_entropy(hidden_TD, weight_VD, batch.targets_T, weights_T, z_loss, label_smoothing)
         hidden_TD = enter(hidden_TD, axis, self._config.sequence)
         num_rows = self._model.config.vocab_size
         return vocabulary.cross_entropy(hidden_TD, weight_VD, batch.targets_T, weights_T, num_rows, axis, z_loss, label_smoothing)
@@ -168,12 +168,12 @@ class Ranks:
         held = ((self._held(name, name, x), x) for name, x in pieces.items() if self.gradients.pieces[name].speaks)
         return layout.gather(held, self._cuts, self._mesh)
 
-    def put(self, weights: Model) -> None:
-        """Other weights, of the same model as a whole."""
+    def put(self, weights: Model, write: Write) -> None:
+        """Other weights, of the same model as a whole. `write` changes a tensor, wherever it lives."""
         for name in self._names:
             part = self._cuts[name].part(weights.get_parameter(name).detach(), self._mesh.tensor.rank, self._mesh.tensor.size)
             assert part is not None
-            self.gradients.put(name, part)
+            self.gradients.put(name, part, write)
 
     def whole_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """What the optimizer of one process would have to save, on rank 0; elsewhere nothing. All ranks must call it."""

@@ -19,6 +19,7 @@ from gemel.config.errors import ConfigError
 from gemel.config.optim import OptimConfig
 from gemel.config.train import Activations, RecomputeBlocks
 from gemel.model.model import Model
+from gemel.train.parallel.data import Write
 from gemel.train.parallel.layout import Piece
 from gemel.train.parallel.mesh import Mesh
 
@@ -83,11 +84,11 @@ class Sharded:
             self._parameter(name).grad = piece.tensor.grad = None
 
     @torch.no_grad()
-    def put(self, name: str, part: Tensor) -> None:
+    def put(self, name: str, part: Tensor, write: Write) -> None:
         """See `data.Gradients.put`."""
         self._model.reshard()  # type: ignore[operator]
         piece = self.pieces[name]
-        piece.tensor.copy_(part.reshape(-1)[piece.start : piece.start + piece.tensor.numel()].view(piece.tensor.shape))
+        write(piece.tensor, part.reshape(-1)[piece.start : piece.start + piece.tensor.numel()].view(piece.tensor.shape))
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -99,8 +100,5 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _groups(blocks: list[nn.Module], activations: Activations) -> Sequence[list[nn.Module]]:
     """What runs as one."""
-    size = len(blocks)
-    if not isinstance(activations, RecomputeBlocks):
-        return [[block] for block in blocks]
-    size = activations.blocks or round(len(blocks) ** 0.5)
+    size = activations.size(len(blocks)) if isinstance(activations, RecomputeBlocks) else 1
     return [blocks[first : first + size] for first in range(0, len(blocks), size)]

@@ -18,27 +18,17 @@ from torch import Tensor
 SLICE_BYTES = 2**25  # of a slice's logits in fp32: enough rows for a fast product, few enough to stay near the caches
 
 
-def head_cross_entropy(
+def cross_entropy(
     hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, weights_T: Tensor, z_loss: float = 0.0, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Two fp32 scalars: the sum over tokens of weight * (cross-entropy + z_loss * logsumexp**2), and how much of it is the second term.
-
-    Only the first can be differentiated. With label smoothing e the target is 1 - e of the one token and e / V of each. Products are done
-    in the type of `hidden_TD`, or autocast's, everything behind them in fp32. Tokens of weight 0 cost nothing.
-    """
-    kind = hidden_TD.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_TD.dtype
-    trained = weights_T.nonzero()[:, 0]
-    if len(trained) < len(weights_T):
-        hidden_TD, targets_T, weights_T = hidden_TD[trained], targets_T[trained], weights_T[trained]
+    """See `train.head_cross_entropy`; sums are in fp32, or in fp64 where hidden states are."""
     differentiate = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    loss, z = _HeadCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_TD.to(dtype), weight_VD.to(dtype), targets_T, weights_T.float(), z_loss, label_smoothing, differentiate
-    )
+    wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+    loss, z = _CrossEntropy.apply(hidden_TD, weight_VD, targets_T, weights_T.to(wide), z_loss, label_smoothing, differentiate)  # type: ignore[no-untyped-call]
     return loss, z
 
 
-class _HeadCrossEntropy(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -50,15 +40,16 @@ class _HeadCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor]:
-        num_rows = max(SLICE_BYTES // (4 * len(weight_VD)), 1)
-        loss, z = (torch.zeros((), dtype=torch.float32, device=hidden_TD.device) for _ in range(2))
+        wide = weights_T.dtype
+        num_rows = max(SLICE_BYTES // (wide.itemsize * len(weight_VD)), 1)
+        loss, z = (torch.zeros((), dtype=wide, device=hidden_TD.device) for _ in range(2))
         if differentiate:
             grad_TD = torch.empty_like(hidden_TD)
-            grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+            grad_VD = torch.zeros_like(weight_VD, dtype=wide)
         for start in range(0, len(hidden_TD), num_rows):
             rows = slice(start, start + num_rows)
             hidden_CD, targets_C, weights_C = hidden_TD[rows], targets_T[rows], weights_T[rows]
-            logits_CV = (hidden_CD @ weight_VD.t()).float()
+            logits_CV = (hidden_CD @ weight_VD.t()).to(wide)
             lse_C = logits_CV.logsumexp(-1)
             z_C = z_loss * weights_C * lse_C.square()
             loss += (weights_C * _cross_entropy(logits_CV, lse_C, targets_C, label_smoothing) + z_C).sum()
@@ -75,7 +66,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_TD, grad_VD = ctx.saved_tensors
-        if scale.device.type != "cpu" or scale != 1:
+        if scale.device.type != "cpu" or scale != 1:  # what a caller who puts it into the weights has made of it
             grad_TD, grad_VD = grad_TD.mul_(scale), grad_VD.mul_(scale)
         return grad_TD, grad_VD.to(grad_TD.dtype), None, None, None, None, None
 
@@ -98,7 +89,7 @@ def _slope(logits_CV: Tensor, lse_C: Tensor, targets_C: Tensor, weights_C: Tenso
 
 def _add_product(sum_VD: Tensor, slope_VC: Tensor, hidden_CD: Tensor) -> None:
     """Sums of narrow products are kept in fp32."""
-    if hidden_CD.dtype == torch.float32:
+    if hidden_CD.dtype == sum_VD.dtype:
         sum_VD.addmm_(slope_VC, hidden_CD)
     else:
         sum_VD += slope_VC @ hidden_CD

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemel.train import loss
-from gemel.train.loss import head_cross_entropy
+from gemel.ops import head
+from gemel.ops.train import head_cross_entropy
 from tests.tolerance import assert_close
 
 T, D, V = 37, 16, 101
@@ -37,7 +37,7 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, z_lo
 @pytest.mark.parametrize("rows", [1, 5, T, 1000])
 @pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (1e-2, 0.0), (0.0, 0.2), (1e-2, 0.2)])
 def test_slices_equal_the_whole_in_float64(rows: int, z_loss: float, smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "SLICE_BYTES", rows * V * 4)
+    monkeypatch.setattr(head, "SLICE_BYTES", rows * V * 4)
     hidden, weight, targets, weights = case()
     got, got_z = head_cross_entropy(hidden, weight, targets, weights, z_loss, smoothing)
     (got * 3).backward()
@@ -62,7 +62,7 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_types_sum_in_fp32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "SLICE_BYTES", 3 * V * 4)
+    monkeypatch.setattr(head, "SLICE_BYTES", 3 * V * 4)
     hidden, weight, targets, weights = case(dtype)
     got, _ = head_cross_entropy(hidden, weight, targets, weights)
     got.backward()
@@ -111,7 +111,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_tensor_of_the_logits_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "SLICE_BYTES", 4 * V * 4)
+    monkeypatch.setattr(head, "SLICE_BYTES", 4 * V * 4)
     hidden, weight, targets, weights = case()
     with Largest() as seen:
         head_cross_entropy(hidden, weight, targets, weights, 1e-4, 0.1)[0].backward()
