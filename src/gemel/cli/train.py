@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     result = training.run(recipe, peak(recipe), args.quiet)
     latest = recipe.out / "latest"
     if place is not None and place.rank > 0:
-        return 0
+        return 0  # the first speaks for all
     if args.json:
         print(json.dumps(asdict(result) | {"path": str(latest)}))
     elif result.finished:

@@ -60,7 +60,7 @@ def ring() -> None:
     same("window", LONG, "ring")
     same("gqa", FEW, "ring")
     with pytest.MonkeyPatch.context() as patch:  # what devices without our kernels do; in slices of a few queries
-        patch.setattr(context, "native_kernels", lambda *_: None)
+        patch.setattr(context, "fit", lambda *_: None)
         patch.setattr(context, "SCORE_BYTES", 2000)
         same("gqa", CROSSING, "ring")
         same("window", CROSSING, "ring")
