@@ -24,7 +24,8 @@ def said(step_s: list[float], losses: list[float], peak_mb: int, **more: Any) ->
 
 
 def ours(*rounds: list[float], peak_mb: int = 300, settings: tuple[str, ...] = ()) -> train.Result:
-    known = {"flops": 1e9, "peak_flops_per_s": 4e9, "read_bytes_per_s": 1e9, "planned_step_s": 0.3, "planned_bytes": {"weights": 200e6}}
+    known: dict[str, Any] = {"base_pinned_bytes": 50e6, "pinned_bytes": (peak_mb - 50) * 1e6}
+    known |= {"flops": 1e9, "peak_flops_per_s": 4e9, "read_bytes_per_s": 1e9, "planned_step_s": 0.3, "planned_bytes": {"weights": 200e6}}
     return train.Result("gemel", settings, [said(step_s, [4.0, 3.0, 2.0], peak_mb, **known) for step_s in rounds])
 
 
@@ -44,7 +45,7 @@ def test_levers_are_compared_above_the_interpreter() -> None:
     lever = {"selective": train_levers.LEVERS["selective"]}
     [row] = train_levers.figures(lever, ours([9.0, 0.5, 0.5]), [ours([9.0, 0.6, 0.6], peak_mb=200)], WORK)
     assert (row["memory"], row["time"]) == (0.5, pytest.approx(1.2))
-    assert "50%  1.20x" in train_levers.table([row])
+    assert row["pinned"] == 0.5 and "50%     50%  1.20x" in train_levers.table([row])
 
 
 def test_every_lever_is_a_recipe(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tomli_w
 
 from gemel.cli import launch
 from gemel.cli import main as cli
+from gemel.train import metrics
 from tests.cli.test_train import wait_for
 from tests.train import runs
 from tests.train.test_checkpoint import plain
@@ -64,6 +66,25 @@ def test_mistakes_cost_one_line(arguments: list[str], says: str, recipe: Path, c
     assert cli.main(["launch", str(recipe), *arguments]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(recipe: Path, tmp_path: Path) -> None:
+    """Two stages of a pipeline: one checkpoint of both, and one voice."""
+    parallel = ["--set", "parallel.replicate=1", "--set", "parallel.pipeline={kind='1f1b',stages=2}", "--quiet"]
+    argv = [sys.executable, "-m", "gemel", "launch", str(recipe), *parallel]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    lines, pipe = tmp_path / "out" / "metrics.jsonl", subprocess.PIPE
+    with subprocess.Popen([*argv, "--set", "steps=1000000"], env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        wait_for(lambda: lines.exists() and lines.stat().st_size)
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    stopped = re.fullmatch(r"stopped at step (\d+); the same command goes on from here\n", said)
+    assert stopped is not None and (tmp_path / "out" / "latest" / "model.safetensors").exists()
+    steps = int(stopped[1]) + 2
+    done = subprocess.run([*argv, "--set", f"steps={steps}", "--json"], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["step"] == steps
+    assert [line["step"] for line in metrics.read(tmp_path / "out")] == list(range(1, steps + 1))
 
 
 RANK = """

@@ -26,7 +26,7 @@ TIMED = {
 }
 BENCHMARKS = TIMED | {
     "step": "steps of one and of many streams: where each microsecond of them goes",
-    "quality": "perplexity of a text, and how far the model's distributions are from fp32's",
+    "quality": "perplexity of a text, how far the model's distributions are from fp32's, and whether greedy text is the same",
     "data": "cleaning a corpus into tokens of the model: documents per processor second, beside a peer",
     "train": "steps of training on random weights: tokens per second, utilization and peak memory, beside peers; what levers save",
 }
@@ -115,6 +115,7 @@ OPTIONS = (
     Option("text", Path, None, ("quality",), "UTF-8 text; default: docstrings of Python's standard library", "FILE"),
     Option("window", _count, 256, ("quality",), "the text is cut into windows of so many tokens", "TOKENS"),
     Option("tokens", _count, 16384, ("quality",), "so much of the text is scored at most", "TOKENS"),
+    Option("prompts", _count, 50, ("quality",), "so many halves of windows at most are continued greedily"),
     Option("corpus", Path, None, ("data",), "JSONL with text and id, as bench/corpus.py makes; must be given", "FILE"),
     Option("documents", _count, 2000, ("data",), "so many of it are taken at most"),
     Option("work", _one_of(*WORK), "clean", ("data",), f"what is done: {', '.join(WORK)}", "WORK"),
@@ -219,16 +220,16 @@ def _run_quality(args: argparse.Namespace, head: dict[str, object], path: Path, 
     windows = quality.windows(text, Tokenizer.load(path), args.window, args.tokens)
     tested = Subject.open(path, quality.scoring(config, args.window, len(windows)))
     reference = Subject.open(path, quality.reference(tested.config))
-    figures = quality.score(
-        reference.engine.runner, tested.engine.runner, windows, tested.config.max_running, config.block_tokens
-    ).figures()
+    runners, at_once = (reference.engine.runner, tested.engine.runner), tested.config.max_running
+    greedy = quality.greedy(*runners, windows[: args.prompts], at_once, config.block_tokens)
+    figures = quality.score(*runners, windows, at_once, config.block_tokens).figures() | greedy.figures()
     rates = machine.rates(tested.device, tested.storage.arithmetics)
     _print(
         head | {"text": source, "window": args.window, "windows": len(windows)},
         tested,
         rates,
-        ["planned: what fp32 through torch gives", report.table(figures)],
-        {"figures": {name: figure.as_json() for name, figure in figures.items()}},
+        ["planned: what fp32 through torch gives", report.table(figures), *greedy.lines()],
+        {"figures": {name: figure.as_json() for name, figure in figures.items()}, "greedy": greedy.as_json()},
         only_json=args.json,
     )
 

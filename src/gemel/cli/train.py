@@ -39,12 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, or go on."""
     recipe = read(args)
+    from gemel.config import env
+    from gemel.config.errors import ConfigError
+
+    place = env.place()
     if args.search is not None:
+        if place is not None:
+            raise ConfigError(f"--search is for one process, and this is one of {place.num_ranks}; run gemel train without torchrun")
         return _search(args, recipe)
     from gemel.train import run as training
 
     result = training.run(recipe, peak(recipe), args.quiet)
     latest = recipe.out / "latest"
+    if place is not None and place.rank > 0:
+        return 0
     if args.json:
         print(json.dumps(asdict(result) | {"path": str(latest)}))
     elif result.finished:
@@ -52,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"finished at step {result.step}{loss}; try: gemel generate --model {latest} 'Once'")
     else:
         print(f"stopped at step {result.step}; the same command goes on from here")
-    return 0 if result.finished else 130
+    # What launched this process would take another status for a failure, and kill those that are still saving.
+    return 0 if result.finished or place is not None else 130
 
 
 def _search(args: argparse.Namespace, recipe: TrainRecipe) -> int:

@@ -37,7 +37,7 @@ class Env:
 class Place:
     """One process among those of a job: its number among all and on its machine, how many there are, and where they find each other.
 
-    `hosted` says that somebody else listens there, so that no process needs to.
+    `hosted` says that somebody else listens there, so that no process needs to; `num_local` is how many there are on this machine.
     """
 
     rank: int
@@ -46,6 +46,7 @@ class Place:
     host: str
     port: int
     hosted: bool
+    num_local: int
 
 
 @cache
@@ -74,13 +75,16 @@ def place(variables: Mapping[str, str] = os.environ) -> Place | None:
         )
     try:
         rank, local_rank, num_ranks, port = (int(variables[name]) for name in names if name != "MASTER_ADDR")
+        num_local = int(variables.get("LOCAL_WORLD_SIZE", num_ranks))
     except ValueError as error:
         raise ConfigError(
             f"a variable of {', '.join(names)} is not a number ({error}); start the job with torchrun, which sets them"
         ) from None
     if not 0 <= rank < num_ranks:
         raise ConfigError(f"RANK = {rank} is not one of WORLD_SIZE = {num_ranks} ranks; start the job with torchrun, which sets both")
-    return Place(rank, local_rank, num_ranks, variables["MASTER_ADDR"], port, variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+    return Place(
+        rank, local_rank, num_ranks, variables["MASTER_ADDR"], port, variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True", num_local
+    )
 
 
 def _cache(variables: Mapping[str, str]) -> Path:

@@ -44,7 +44,7 @@ def test_documents(starts: tuple[int, ...], num_heads: int, num_kv_heads: int, w
     assert_same(triton.packed_attention, packed_attention_reference, qkv, "fp32_reorder", starts)
 
 
-@pytest.mark.parametrize("window", [2, 7, 16, 40, 100])
+@pytest.mark.parametrize("window", [2, 16, 40, 100])
 def test_windows(window: int, device: torch.device) -> None:
     """Narrower than a tile, a whole one, several, and wider than a document."""
     qkv = heads(97, 2, 1, 16, device, torch.float32)

@@ -32,7 +32,6 @@ from gemel.train.trainer import Trainer
 from tests import tiny
 from tests.train import runs
 
-STEPS = 20
 LENGTHS = (9, 4, 17, 2, 11, 7, 5, 13, 8, 3, 6, 12, 10, 4, 9, 15)
 STRETCH = 256  # so small that tiny parameters are cut into several
 
@@ -43,30 +42,31 @@ class Case:
     mesh: dict[str, Any]
     onto: str  # the mesh of another case, that goes on from what this one saved
     changes: dict[str, Any] = field(default_factory=dict)
+    steps: int = 3
 
 
 MASTER = {"precision": {"kind": "bf16"}, "optim__weights": "master", "optim__state": "int8"}
 CASES: dict[int, dict[str, Case]] = {
     2: {
-        "dp": Case("gqa", {"replicate": 2}, "zero3"),
+        "dp": Case("gqa", {"replicate": 2}, "zero3", steps=20),
         "zero1": Case("learned", {"shard": 2, "zero": "optimizer"}, "sp"),
         "zero2": Case("gqa", {"shard": 2, "zero": "gradients"}, "tp", {"optim__clip": {"kind": "adagc", "warmup": 3}}),
         "zero3": Case("learned", {"shard": 2, "zero": "parameters"}, "sp", {"activations": {"kind": "recompute", "blocks": 2}}),
-        "tp": Case("learned", {"tensor": 2}, "zero2"),
+        "tp": Case("gqa", {"tensor": 2}, "zero2", steps=20),
         "sp": Case("learned", {"tensor": 2, "sequence": True}, "zero1", {"loss": {"z_loss": 1e-2, "label_smoothing": 0.1}}),
-        "sp_qk": Case("qk_norm", {"tensor": 2, "sequence": True}, "dp", {"activations": {"kind": "selective"}}),
+        "sp_qk": Case("qk_norm", {"tensor": 2, "sequence": True}, "dp", {"activations": {"kind": "recompute"}}),
         "ring": Case("window", {"context": {"kind": "ring", "size": 2}}, "pp"),
-        "ulysses": Case("gqa", {"context": {"kind": "ulysses", "size": 2}}, "dp", {"activations": {"kind": "recompute"}}),
+        "ulysses": Case("gqa", {"context": {"kind": "ulysses", "size": 2}}, "dp"),
         "pp": Case("window", {"pipeline": {"kind": "1f1b", "stages": 2}}, "ring", {"activations": {"kind": "recompute", "blocks": 2}}),
         "zb": Case("learned", {"pipeline": {"kind": "zero_bubble", "stages": 2}}, "zero2", {"loss": {"z_loss": 1e-2}}),
         "muon": Case("gqa", {"shard": 2, "zero": "gradients"}, "dp", {"optim__method": {"kind": "muon"}}),
     },
     4: {
-        "dp_tp": Case("gqa", {"replicate": 2, "tensor": 2, "sequence": True}, "hybrid2"),
+        "dp_tp": Case("gqa", {"replicate": 2, "tensor": 2, "sequence": True}, "hybrid2", steps=20),
         "hybrid2": Case("gqa", {"replicate": 2, "shard": 2, "zero": "gradients"}, "zero3_tp"),
         "hybrid3": Case("learned", {"replicate": 2, "shard": 2, "zero": "parameters"}, "zero2_tp"),
         "zero2_tp": Case("learned", {"shard": 2, "zero": "gradients", "tensor": 2, "sequence": True}, "hybrid3"),
-        "dp_pp": Case("gqa", {"shard": 2, "zero": "optimizer", "pipeline": {"kind": "gpipe", "stages": 2}}, "tp_pp"),
+        "dp_pp": Case("gqa", {"shard": 2, "zero": "optimizer", "pipeline": {"kind": "gpipe", "stages": 2}}, "tp_pp", steps=20),
         "tp_pp": Case("learned", {"tensor": 2, "sequence": True, "pipeline": {"kind": "zero_bubble", "stages": 2}}, "dp_pp"),
         "tp_cp": Case("gqa", {"tensor": 2, "sequence": True, "context": {"kind": "ring", "size": 2}}, "cp_pp"),
         "cp_pp": Case("gqa", {"context": {"kind": "ulysses", "size": 2}, "pipeline": {"kind": "1f1b", "stages": 2}}, "tp_cp"),
@@ -75,15 +75,15 @@ CASES: dict[int, dict[str, Case]] = {
 }
 
 
-def documents() -> tuple[list[list[int]], list[list[bool]]]:
+def documents(num: int) -> tuple[list[list[int]], list[list[bool]]]:
     """Of unequal length, and not all of each trained."""
-    found = tiny.documents(*LENGTHS)
+    found = tiny.documents(*LENGTHS[:num])
     return found, [[(i + j) % 3 != 0 for j in range(len(d) - 1)] for i, d in enumerate(found)]
 
 
-def step(mesh: Mesh, num_micros: int) -> Step:
-    """The part of a data rank."""
-    texts, trained = documents()
+def step(case: Case, mesh: Mesh, num_micros: int) -> Step:
+    """The part of a data rank: four documents."""
+    texts, trained = documents(4 * case.mesh.get("replicate", 1) * case.mesh.get("shard", 1))
     count = len(texts) // mesh.data.size
     mine = range(mesh.data.rank * count, (mesh.data.rank + 1) * count)
     size = count // num_micros
@@ -103,9 +103,9 @@ def make(folder: Path, case: Case, mesh: Mesh) -> Trainer:
     )
 
 
-def gradients(trainer: Trainer, mesh: Mesh, num_micros: int) -> dict[str, Tensor]:
+def gradients(trainer: Trainer, mesh: Mesh, work: Step) -> dict[str, Tensor]:
     """Whole, on rank 0."""
-    ranks, work = trainer._ranks, step(mesh, num_micros)
+    ranks = trainer._ranks
     (weight,) = ranks.total(of_tokens=(sum(batch.weight for batch in work.batches),))
     loss, z = trainer._gradients(work.batches, weight)
     grads = ranks.collect(1.0)
@@ -119,16 +119,31 @@ def outcome(folder: Path, case: Case, mesh: Mesh) -> tuple[Trainer, dict[str, An
     trainer = make(folder, case, mesh)
     found: dict[str, Any] = {"before": weights(trainer)}
     for num_micros in (1, 4):
-        found[f"gradients{num_micros}"] = gradients(trainer, mesh, num_micros)
-    reports = [trainer.learn(step(mesh, 1 + 3 * (number % 2))) for number in range(STEPS)]
+        found[f"gradients{num_micros}"] = gradients(trainer, mesh, step(case, mesh, num_micros))
+    reports = [trainer.learn(step(case, mesh, 4 if number % 5 == 0 else 1)) for number in range(case.steps)]
     found["losses"] = torch.tensor([report.loss for report in reports])
     found["norms"] = torch.tensor([report.norm for report in reports])
     found["actions"] = [report.action for report in reports]
     found["trained"] = [report.num_trained for report in reports]
     found["flops"] = [report.flops for report in reports]
-    found["validation"] = trainer.validate(list(step(Mesh(), 4).batches)[:3])
+    found["validation"] = trainer.validate(list(step(case, Mesh(), 4).batches)[:3])
+    found["fault"] = fault(trainer, mesh, step(case, mesh, 1))
     found["weights"], found["state"] = weights(trainer), trainer.state_dict()
     return trainer, found
+
+
+def fault(trainer: Trainer, mesh: Mesh, work: Step) -> list[str]:
+    """What all ranks do with a step in which one of them computes NaN."""
+    nans = trainer._model.norm.register_forward_hook(lambda _, __, x_TD: x_TD * float("nan"))
+    if mesh.rank != mesh.num_ranks - 1:
+        nans.remove()
+    report = trainer.learn(work)
+    nans.remove()
+    actions: list[Any] = [None] * mesh.num_ranks
+    if mesh.num_ranks == 1:
+        return [f"{report.action}: {report.reason}"]
+    dist.all_gather_object(actions, f"{report.action}: {report.reason}")
+    return actions
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
@@ -155,7 +170,7 @@ def work(rank: int, num_ranks: int, port: int, folder: Path) -> None:
     for name, case in cases.items():
         config = ParallelConfig.parse(case.mesh)
         devices = init_device_mesh("cpu", tuple(config.sizes.values()), mesh_dim_names=tuple(config.sizes))
-        meshes[name] = Mesh(config, devices, None, rank)
+        meshes[name] = Mesh(config, devices, rank)
     for name, case in cases.items():
         _, found = outcome(folder, case, meshes[name])
         found["again"] = again(folder, case, meshes[case.onto], found)
@@ -176,6 +191,8 @@ def fork(num_ranks: int, rank_work: Callable[[int], None]) -> list[int]:
             try:
                 rank_work(rank)
                 code = 0
+            except SystemExit as exit_:
+                code = int(exit_.code or 0)
             except BaseException:
                 traceback.print_exc()
             finally:

@@ -64,6 +64,13 @@ def test_steps_are_those_of_one_process(num_ranks: int, name: str, results: Any)
 
 
 @pytest.mark.parametrize(("num_ranks", "name"), ALL)
+def test_what_goes_wrong_on_one_rank_is_seen_by_all(num_ranks: int, name: str, results: Any) -> None:
+    found = results(num_ranks, name)
+    assert found["fault"] == num_ranks * found["alone"]["fault"]
+    assert found["fault"][0].startswith("skip: the loss is nan")
+
+
+@pytest.mark.parametrize(("num_ranks", "name"), ALL)
 def test_what_is_saved_has_the_same_bits_on_any_mesh(num_ranks: int, name: str, results: Any) -> None:
     """Weights that nobody moved, then weights and optimizer states that went through another mesh."""
     found = results(num_ranks, name)

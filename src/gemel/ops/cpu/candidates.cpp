@@ -8,27 +8,19 @@ namespace gemel {
 
 int gather(const float* values, int begin, int end, float cut, float* value, int32_t* token) {
     const f32 limit = set1(cut);
-    constexpr uint32_t kAll = (1u << W) - 1;
     int count = 0, i = begin;
     for (; i + W <= end; i += W) {
-        uint32_t hits = at_least(limit, load(values + i));
-        if (hits == kAll) {
-            store(value + count, load(values + i));
-            for (int lane = 0; lane < W; lane++) token[count + lane] = i + lane;
-            count += W;
-            continue;
-        }
-        for (; hits; hits &= hits - 1) {
-            token[count] = i + __builtin_ctz(hits);
-            value[count] = values[token[count]];
-            count++;
+        if (!at_least(limit, load(values + i))) continue;
+        for (int lane = i; lane < i + W; lane++) {  // without a branch: who is in is as good as random
+            value[count] = values[lane];
+            token[count] = lane;
+            count += values[lane] >= cut;
         }
     }
     for (; i < end; i++) {
-        if (values[i] >= cut) {
-            token[count] = i;
-            value[count++] = values[i];
-        }
+        if (values[i] < cut) continue;
+        value[count] = values[i];
+        token[count++] = i;
     }
     return count;
 }
@@ -49,16 +41,10 @@ bool Ranking::bin() {
     scale_ = static_cast<float>(kBins) / (top_ + largest(sub(zero(), least)));
     if (!std::isfinite(scale_) || scale_ == 0.0f) return false;
     bins_.resize(kBins);
-    constexpr int kRun = 64;  // bins are worked out by vectors, and then filled one by one
-    for (int first = 0; first < all_.count; first += kRun) {
-        int32_t which[kRun];
-        const int count = std::min(kRun, all_.count - first);
-        for (int i = 0; i < count; i++) which[i] = bin_of(all_.value[first + i]);
-        for (int i = 0; i < count; i++) {
-            bins_[which[i]].weight += all_.weight[first + i];
-            bins_[which[i]].count++;
-        }
-    }
+    each_bin([this](int i, int bin) {
+        bins_[bin].weight += all_.weight[i];
+        bins_[bin].count++;
+    });
     const auto fullest = std::max_element(bins_.begin(), bins_.end(), [](const Bin& a, const Bin& b) { return a.count < b.count; });
     if (fullest->count < all_.count) return true;
     bins_.clear();
@@ -72,12 +58,29 @@ void Ranking::sort() {
     if (!std::is_sorted(order_.begin(), order_.end(), above)) std::stable_sort(order_.begin(), order_.end(), above);
 }
 
-int Ranking::bin_of(float value) const { return std::min(static_cast<int>((top_ - value) * scale_), kBins - 1); }
+// Calls each(index, bin) for all candidates.
+template <class Each>
+void Ranking::each_bin(const Each& each) const {
+    constexpr int kRun = 64;  // bins are worked out by vectors, and then used one by one
+    for (int first = 0; first < all_.count; first += kRun) {
+        int32_t bin[kRun];
+        const int count = std::min(kRun, all_.count - first);
+        const float* value = all_.value + first;
+        for (int i = 0; i < count; i++) bin[i] = static_cast<int32_t>((top_ - value[i]) * scale_);
+        for (int i = 0; i < count; i++) each(first + i, std::min(bin[i], kBins - 1));
+    }
+}
 
 Ranking::Part Ranking::part(int bin) const {
+    std::vector<int> index(bins_[bin].count + 1);
+    int count = 0;
+    each_bin([&](int i, int own) {
+        index[count] = i;
+        count += own == bin;
+    });
+    index.pop_back();
     Part part;
-    for (int i = 0; i < all_.count; i++) {
-        if (bin_of(all_.value[i]) != bin) continue;
+    for (const int i : index) {
         part.value.push_back(all_.value[i]);
         part.token.push_back(all_.token[i]);
         part.weight.push_back(all_.weight[i]);

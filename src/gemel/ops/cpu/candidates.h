@@ -72,14 +72,15 @@ class Ranking {
 
     bool bin();
     void sort();
-    int bin_of(float value) const;
+    template <class Each>
+    void each_bin(const Each& each) const;
     Part part(int bin) const;
     template <class Passes>
     Place find(const Passes& passes, Place above) const;
 
     const Candidates all_;
     float top_ = 0.0f, scale_ = 0.0f;
-    std::vector<Bin> bins_;    // if there are many
+    std::vector<Bin> bins_;   // if there are many
     std::vector<int> order_;  // if they are few
 };
 

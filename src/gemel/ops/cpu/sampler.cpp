@@ -5,8 +5,8 @@
 // a row's numbers depend neither on that nor on the rows beside it.
 //
 // Tokens that cannot be kept are left out by a bound on their logits before anything is ranked. For top-k it is the k-th largest of the
-// maxima of small groups, which k logits at least reach. For top-p it is the weight below which even a whole vocabulary of tokens would
-// not amount to what may be missing; one that is 50 times higher usually does too, and is tried first.
+// maxima of small groups, which k logits at least reach. For top-p it is guessed from a part of the row how much the light tokens weigh
+// together; if it turns out that too much was left out, a weight takes its place of which even a whole vocabulary would not be too much.
 
 #include <algorithm>
 #include <cfloat>
@@ -131,6 +131,24 @@ struct Distribution {
         return std::max(room[k - 1], -FLT_MAX);
     }
 
+    // A weight such that the lighter ones together come to about `sum`: by a sixteenth of them, counted by their logarithms.
+    double light(double sum) const {
+        constexpr int kEvery = 16, kPerUnit = 4, kBins = 88 * kPerUnit;
+        double bins[kBins] = {};
+        float weights[W];
+        const float per_unit = -kPerUnit / temperature;
+        for (int i = 0; i + W <= count; i += kEvery * W) {
+            weigh(values + i, W, weights);
+            for (int lane = 0; lane < W; lane++) {
+                const float bin = (values[i + lane] - largest) * per_unit;
+                if (bin < static_cast<float>(kBins)) bins[static_cast<int>(bin)] += kEvery * weights[lane];
+            }
+        }
+        int bin = kBins;
+        for (double left = sum; bin > 1 && bins[bin - 1] <= left; bin--) left -= bins[bin - 1];
+        return std::exp(-static_cast<double>(bin) / kPerUnit);
+    }
+
     // A logit that all reach whose weight is `least` or more, in spite of rounding.
     float weighing(double least) const {
         const double logit = largest + temperature * (std::log(least) - 1e-3);
@@ -179,7 +197,9 @@ class Drawing {
     }
 
     void bound(int) {
-        if (filtered()) cut_ = lowest(kTried);
+        if (!filtered()) return;
+        cut_ = lowest();
+        if (needs_total()) cut_ = std::max(cut_, own_.weighing(own_.light(0.9 * left_out())));
     }
 
     void gather(int chunk) {
@@ -202,8 +222,6 @@ class Drawing {
     static int chunks(int vocabulary) { return pieces(vocabulary, kChunk); }
 
    private:
-    static constexpr int kTried = 1024;  // tokens that what is missing from top-p is first thought to consist of, at most
-
     int begin(int chunk) const { return chunk * kChunk; }
     int end(int chunk) const { return std::min((chunk + 1) * kChunk, vocabulary_); }
     bool changed() const { return draw_.num_marked || draw_.num_banned; }
@@ -211,14 +229,16 @@ class Drawing {
     bool filtered() const { return draw_.temperature != 0.0f && (draw_.top_k > 0 || draw_.top_p < 1.0 || draw_.min_p > 0.0); }
     bool needs_total() const { return draw_.temperature != 0.0f && (!filtered() || (draw_.top_p < 1.0 && !takes_k())); }
 
-    // A bound that every token which can be kept reaches, if no more than `missing` tokens are.
-    float lowest(int missing) const {
+    // What the tokens weigh that top-p leaves out, unless it follows top-k.
+    double left_out() const { return (1.0 - draw_.top_p) * own_.total(); }
+
+    // A logit that every token reaches which can be kept.
+    float lowest() const {
         float cut = own_.weighing(std::exp(static_cast<double>(kLeast)));
         if (takes_k()) cut = own_.reached_by(draw_.top_k, scratch_.value.get());
         if (takes_k() && draw_.top_p < 1.0) return cut;  // its part of what top-k leaves, of which all are needed
         if (draw_.min_p > 0.0) cut = std::max(cut, own_.weighing(draw_.min_p));
-        if (draw_.top_p < 1.0) cut = std::max(cut, own_.weighing((1.0 - draw_.top_p) * own_.total() / missing));
-        return cut;
+        return needs_total() ? std::max(cut, own_.weighing(left_out() / vocabulary_)) : cut;
     }
 
     // What all chunks have gathered, with weights.
@@ -237,8 +257,8 @@ class Drawing {
 
     int from_candidates() {
         Candidates all = gathered();
-        if (needs_total() && weight_of(all) < draw_.top_p * own_.total()) {  // too little was tried
-            cut_ = lowest(vocabulary_);
+        if (needs_total() && weight_of(all) < draw_.top_p * own_.total() && lowest() < cut_) {  // the guess was wrong
+            cut_ = lowest();
             for (int chunk = 0; chunk < chunks(vocabulary_); chunk++) gather(chunk);
             all = gathered();
         }

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["COSTLY", "adamw", "head_cross_entropy", "packed_attention", "rms_norm", "rope", "swiglu", "takes", "why_not"]
 
+DEVICE = "cuda"  # as torch calls NVIDIA's and AMD's
+MISSING = "triton is not installed"
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the oldest that Triton supports; bf16 products came with it
 
@@ -59,7 +61,7 @@ def __getattr__(name: str) -> Any:
 def takes(*tensors: Tensor | None) -> bool:
     """Whether the operations can take these tensors: plain ones on one GPU, all of one of `FORMATS`, not empty, not being compiled."""
     first = next(tensor for tensor in tensors if tensor is not None)
-    if first.device.type != "cuda" or first.dtype not in FORMATS or torch.compiler.is_compiling() or why_not(first.device) is not None:
+    if first.device.type != DEVICE or first.dtype not in FORMATS or torch.compiler.is_compiling() or why_not(first.device) is not None:
         return False
     return all(
         type(tensor) in (Tensor, torch.nn.Parameter)
@@ -74,7 +76,7 @@ def takes(*tensors: Tensor | None) -> bool:
 def why_not(device: torch.device) -> str | None:
     """Why the kernels cannot run on this GPU, or None if they can."""
     if find_spec("triton") is None:
-        return "triton is not installed"
+        return MISSING
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]}, Triton supports {CAPABILITY[0]}.{CAPABILITY[1]} and later"

@@ -39,9 +39,14 @@ class Tile(NamedTuple):
 
 
 def tile_for(width: int, itemsize: int, *, back: bool) -> Tile:
-    """Sizes for heads of this width: as large as registers and shared memory allow."""
+    """The largest tiles, for heads of this width (a power of 2), whose programs keep their numbers in registers, or all but a few.
+
+    Found by compiling for compute capabilities 8.0 and 9.0 (`bench/gpu_ops.py --compile`); shared memory stays below the 99 KiB that
+    the smallest GPUs have, but for 9.0, which has more. Products of fp32 are not done by tensor cores and need registers for both factors.
+    """
     if itemsize == 4:
-        return Tile(64, 32, 4, 1) if width <= 64 else Tile(32, 32, 4, 1) if width <= 128 else Tile(16, 16, 4, 1)
+        small = Tile(32, 16, 4, 1) if back else Tile(32, 32, 4, 1)
+        return small if width <= 64 else Tile(32, 32, 8, 1) if width <= 128 else Tile(16, 16, 8, 1)
     if back:
         return Tile(64, 64, 4, 2) if width <= 64 else Tile(64, 64, 8, 2) if width <= 128 else Tile(32, 32, 8, 1)
     return Tile(128, 64, 4, 3) if width <= 64 else Tile(128, 64, 8, 3) if width <= 128 else Tile(64, 32, 8, 2)

@@ -20,6 +20,10 @@ from torch import Tensor
 
 from gemel.train.parallel.mesh import Axis
 
+# torch 2.13 calls them by other names, and warns of these
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def enter(x_TD: Tensor, axis: Axis, sequence: bool) -> Tensor:
     """Before a product that is cut by columns, or the head: all tokens, whose gradients are summed over the parts."""
@@ -93,12 +97,12 @@ def _sum(x_TD: Tensor, axis: Axis) -> Tensor:
 
 def _gather(x_TD: Tensor, axis: Axis) -> Tensor:
     whole_TD = x_TD.new_empty((len(x_TD) * axis.size, *x_TD.shape[1:]))
-    dist.all_gather_into_tensor(whole_TD, x_TD.contiguous(), group=axis.group)
+    _all_gather(whole_TD, x_TD.contiguous(), group=axis.group)
     return whole_TD
 
 
 def _sum_scatter(x_TD: Tensor, axis: Axis) -> Tensor:
     assert len(x_TD) % axis.size == 0, f"{len(x_TD)} tokens do not divide among {axis.size} ranks"
     part_TD = x_TD.new_empty((len(x_TD) // axis.size, *x_TD.shape[1:]))
-    dist.reduce_scatter_tensor(part_TD, x_TD.contiguous(), group=axis.group)
+    _reduce_scatter(part_TD, x_TD.contiguous(), group=axis.group)
     return part_TD

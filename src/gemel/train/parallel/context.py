@@ -13,7 +13,8 @@ back. Two exchanges instead of a round of messages, but no more ranks than there
 Documents keep apart as they do on one rank, and where ranks' tokens meet means nothing to them. Of two different pieces at most one
 document lies in both, so an encounter is nothing or one rectangle of scores.
 
-T tokens of this rank, S queries and C keys of an encounter, N query heads, K key/value heads, G = N / K, H head width.
+T tokens of this rank, S queries and C keys of an encounter, N query heads, K key/value heads, M = S N / K queries that share a key head,
+H head width.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from gemel.ops.cpu.autograd import fit
 from gemel.ops.train import packed_attention
 from gemel.train.batch import Batch
 
-SCORE_BYTES = 2**25  # of an encounter's scores that are held at a time
+SCORE_BYTES = 2**23  # of an encounter's scores that are held at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,12 +275,14 @@ class _Part:
             out_SNH, lse2_NS = kernels.packed_attention(q_TNH[rows], k_TKH[rows], v_TKH[rows], *self._packed(self.place))
             _merge(out_TNH[rows], lse_TN[rows], out_SNH, lse2_NS.t() * math.log(2))
             return
+        num_kv_heads = k_TKH.shape[1]
         for queries, keys, distance in self._rectangles(q_TNH.shape[1]):
-            scores = _scores(q_TNH[queries], k_TKH[keys], distance, self.window, self.slopes_N)
-            lse_KGS = scores.logsumexp(-1)
-            weights = scores.sub_(lse_KGS.clamp_min(torch.finfo().min)[..., None]).exp_()  # a query whose window ends before sees nothing
-            out_SNH = torch.einsum("kgsc,ckh->skgh", weights, v_TKH[keys].float()).flatten(1, 2)
-            _merge(out_TNH[queries], lse_TN[queries], out_SNH, lse_KGS.flatten(0, 1).t())
+            num_queries = queries.stop - queries.start
+            scores_KMC = self._scores(_grouped(q_TNH[queries], num_kv_heads), k_TKH[keys], num_queries, distance)
+            lse_KM = scores_KMC.logsumexp(-1)
+            weights_KMC = scores_KMC.sub_(lse_KM.clamp_min(torch.finfo().min)[..., None]).exp_()  # whose window ends before, sees nothing
+            out_KMH = weights_KMC @ v_TKH[keys].float().transpose(0, 1)
+            _merge(out_TNH[queries], lse_TN[queries], _ungrouped(out_KMH, num_queries), lse_KM.view(-1, num_queries).t())
 
     def backward(
         self,
@@ -303,14 +306,34 @@ class _Part:
             return
         num_kv_heads, scale = k_TKH.shape[1], q_TNH.shape[2] ** -0.5
         for queries, keys, distance in self._rectangles(q_TNH.shape[1]):
-            scores = _scores(q_TNH[queries], k_TKH[keys], distance, self.window, self.slopes_N)
-            weights = scores.sub_(_by_group(lse_TN[queries], num_kv_heads)[..., None]).exp_()
-            d_out_SKGH = _grouped(d_out_TNH[queries], num_kv_heads)
-            d_v_TKH[keys] += torch.einsum("kgsc,skgh->ckh", weights, d_out_SKGH)
-            slopes = torch.einsum("skgh,ckh->kgsc", d_out_SKGH, v_TKH[keys].float())
-            slopes.sub_(_by_group(grads.delta_TN[queries], num_kv_heads)[..., None]).mul_(weights).mul_(scale)
-            grads.q_TNH[queries] += torch.einsum("kgsc,ckh->skgh", slopes, k_TKH[keys].float()).flatten(1, 2)
-            d_k_TKH[keys] += torch.einsum("kgsc,skgh->ckh", slopes, _grouped(q_TNH[queries], num_kv_heads))
+            num_queries = queries.stop - queries.start
+            q_KMH, d_out_KMH = (_grouped(x[queries], num_kv_heads) for x in (q_TNH, d_out_TNH))
+            k_KCH, v_KCH = (x[keys].float().transpose(0, 1) for x in (k_TKH, v_TKH))
+            lse_KM1, delta_KM1 = (x[queries].t().reshape(num_kv_heads, -1, 1) for x in (lse_TN, grads.delta_TN))
+            weights_KMC = self._scores(q_KMH, k_TKH[keys], num_queries, distance).sub_(lse_KM1).exp_()
+            d_v_TKH[keys] += (weights_KMC.mT @ d_out_KMH).transpose(0, 1)
+            slopes_KMC = (d_out_KMH @ v_KCH.mT).sub_(delta_KM1).mul_(weights_KMC).mul_(scale)
+            grads.q_TNH[queries] += _ungrouped(slopes_KMC @ k_KCH, num_queries)
+            d_k_TKH[keys] += (slopes_KMC.mT @ q_KMH).transpose(0, 1)
+
+    def _scores(self, q_KMH: Tensor, k_CKH: Tensor, num_queries: int, distance: int) -> Tensor:
+        """[K, M, C] in fp32; -inf where a query does not see a key."""
+        scores_KMC: Tensor = (q_KMH * q_KMH.shape[2] ** -0.5) @ k_CKH.float().permute(1, 2, 0)
+        num_keys = len(k_CKH)
+        ahead = distance < num_keys - 1
+        behind = self.window is not None and distance + num_queries > self.window
+        if self.slopes_N is None and not ahead and not behind:
+            return scores_KMC
+        queries_S, keys_C = (torch.arange(n, device=q_KMH.device) for n in (num_queries, num_keys))
+        distance_SC = queries_S[:, None] + distance - keys_C
+        scores_NSC = scores_KMC.view(-1, num_queries, num_keys)  # the same memory
+        if self.slopes_N is not None:
+            scores_NSC -= self.slopes_N[:, None, None] * distance_SC
+        hidden_SC = distance_SC < 0
+        if self.window is not None:
+            hidden_SC |= distance_SC >= self.window
+        scores_NSC.masked_fill_(hidden_SC, -math.inf)
+        return scores_KMC
 
     def _packed(self, place: Own) -> tuple[Tensor, int, Tensor | None]:
         return torch.tensor(place.starts, dtype=torch.int32), self.window or 0, self.slopes_N
@@ -328,29 +351,14 @@ class _Part:
                 yield slice(start, min(start + size, queries.stop)), keys, distance + start - queries.start
 
 
-def _scores(q_SNH: Tensor, k_CKH: Tensor, distance: int, window: int | None, slopes_N: Tensor | None) -> Tensor:
-    """[K, G, S, C] in fp32; -inf where a query does not see a key."""
-    num_kv_heads = k_CKH.shape[1]
-    q_SKGH = _grouped(q_SNH, num_kv_heads) * q_SNH.shape[2] ** -0.5
-    scores = torch.einsum("skgh,ckh->kgsc", q_SKGH, k_CKH.float())
-    queries_S, keys_C = (torch.arange(len(x), device=q_SNH.device) for x in (q_SNH, k_CKH))
-    distance_SC = queries_S[:, None] + distance - keys_C
-    if slopes_N is not None:
-        scores -= slopes_N.view(num_kv_heads, -1, 1, 1) * distance_SC
-    hidden_SC = distance_SC < 0
-    if window is not None:
-        hidden_SC |= distance_SC >= window
-    return scores.masked_fill_(hidden_SC, -math.inf)
-
-
 def _grouped(x_SNH: Tensor, num_kv_heads: int) -> Tensor:
-    """[S, K, G, H] in fp32."""
-    return x_SNH.float().reshape(len(x_SNH), num_kv_heads, -1, x_SNH.shape[2])
+    """[K, M, H] in fp32: the queries of all heads of a group, one head after the other."""
+    return x_SNH.float().transpose(0, 1).reshape(num_kv_heads, -1, x_SNH.shape[2])
 
 
-def _by_group(x_SN: Tensor, num_kv_heads: int) -> Tensor:
-    """[K, G, S]."""
-    return x_SN.t().reshape(num_kv_heads, -1, len(x_SN))
+def _ungrouped(x_KMH: Tensor, num_queries: int) -> Tensor:
+    """[S, N, H]."""
+    return x_KMH.reshape(-1, num_queries, x_KMH.shape[2]).transpose(0, 1)
 
 
 def _merge(out_SNH: Tensor, lse_SN: Tensor, other_SNH: Tensor, other_lse_SN: Tensor) -> None:

@@ -15,25 +15,29 @@ Numbers that decide something (how many tokens are trained, norms, losses, wheth
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from gemel.config import env
 from gemel.config.env import Place
-from gemel.config.errors import ConfigError
+from gemel.config.errors import ConfigError, RankError
 from gemel.config.parallel import ParallelConfig
+from gemel.train.parallel.watch import Watch, record
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
     from torch.distributed.device_mesh import DeviceMesh
 
 JOINED = {"data": ("replicate", "shard"), "shards": ("shard", "context"), "tokens": ("replicate", "shard", "context")}
-LONGEST_WAIT = timedelta(days=30)  # for rank 0, while it prepares data and is alive
+POLL_S = 0.1
+LATER = 1.5  # times the time that a rank may hang: torch's own errors, which name nobody, should not come first
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,17 @@ class Axis:
 class Mesh:
     """All axes. Made by `join`, or `Mesh()` for one process."""
 
-    def __init__(self, config: ParallelConfig | None = None, devices: DeviceMesh | None = None, store: Store | None = None, rank: int = 0):
+    def __init__(
+        self,
+        config: ParallelConfig | None = None,
+        devices: DeviceMesh | None = None,
+        rank: int = 0,
+        store: Store | None = None,
+        watch: Watch | None = None,
+    ):
         self.config = config or ParallelConfig()
         self.rank, self.num_ranks = rank, self.config.num_ranks
-        self._devices, self._store, self._num_turns = devices, store, 0
+        self._devices, self._store, self._watch, self._num_turns = devices, store, watch, 0
         self.pipeline, self.replicate, self.shard, self.context, self.tensor = (
             Axis(name, *self._along((name,))) for name in self.config.sizes
         )
@@ -116,14 +127,43 @@ class Mesh:
         self._num_turns += 1
         key = f"turn/{self._num_turns}"
         if self._store is not None and not self.first:
-            self._store.wait([key], LONGEST_WAIT)
+            while not self._store.check([key]):
+                time.sleep(POLL_S)
         yield
         if self._store is not None and self.first:
             self._store.set(key, "done")
 
+    def at(self, where: str) -> None:
+        """Say how far this process is, in case that others have to wait for it."""
+        if self._watch is not None:
+            self._watch.at(where)
+
+    def __enter__(self) -> Self:
+        if self._watch is not None:
+            self._watch.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._watch is None:
+            return
+        try:
+            self._watch.__exit__(kind, error, trace)
+        except RankError as verdict:
+            record(verdict)
+            raise
+        if error is not None:
+            record(error)
+            return  # there may be nobody to say goodbye to
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
 
 def join(config: ParallelConfig, device: torch.device) -> Mesh:
-    """The mesh that this process belongs to. Raises `ConfigError` if it takes another number of processes than were started."""
+    """The mesh that this process belongs to; leave it by its end as a context. On CPUs, the ranks of a machine divide its cores.
+
+    Raises `ConfigError` if it takes another number of processes than were started.
+    """
     place = env.place()
     check(config, 1 if place is None else place.num_ranks)
     if place is None:
@@ -131,28 +171,20 @@ def join(config: ParallelConfig, device: torch.device) -> Mesh:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    timeout = timedelta(seconds=config.timeout_s)
-    store = _store(place, timeout)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    ours, torchs = (dist.PrefixStore(name, store) for name in ("gemel", "torch"))  # type: ignore[attr-defined]
+    timeout = timedelta(seconds=LATER * config.timeout_s)
+    stores = [_store(place, timeout, number == 0) for number in range(2)]
+    ours, watched = (dist.PrefixStore("gemel", store) for store in stores)  # type: ignore[attr-defined]
+    backend, torchs = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", dist.PrefixStore("torch", stores[0])  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=torchs, rank=place.rank, world_size=place.num_ranks, timeout=timeout)
-    sizes = config.sizes
-    devices = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    return Mesh(config, devices, ours, place.rank)
+    devices = init_device_mesh(device.type, tuple(config.sizes.values()), mesh_dim_names=tuple(config.sizes))
+    return Mesh(config, devices, place.rank, ours, Watch(watched, place.rank, place.num_ranks, config.timeout_s))
 
 
-def leave(mesh: Mesh) -> None:
-    """The end of `join`."""
-    if mesh.num_ranks > 1:
-        import torch.distributed as dist
-
-        dist.destroy_process_group()
-
-
-def _store(place: Place, timeout: timedelta) -> Store:
+def _store(place: Place, timeout: timedelta, first: bool) -> Store:
+    """Where ranks meet. Each has two ways to it, because who waits on one blocks it."""
     import torch.distributed as dist
 
-    listens = place.rank == 0 and not place.hosted
+    listens = first and place.rank == 0 and not place.hosted
     store: Store = dist.TCPStore(  # type: ignore[attr-defined]
         place.host, place.port, place.num_ranks, is_master=listens, timeout=timeout, multi_tenant=True
     )

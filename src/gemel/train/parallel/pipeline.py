@@ -66,12 +66,13 @@ def balance(costs: Sequence[float], num_parts: int) -> list[tuple[int, int]]:
 
 def layer_costs(model: Model, sequence: int) -> list[float]:
     """Products per token of each layer, the head's with the last one's, for documents of `sequence` tokens."""
-    cfg = model.config
     costs = []
     for layer, block in enumerate(model.layers):
-        window = cfg.window(layer)
+        window = model.config.window(layer)
         seen = sequence / 2 if window is None else min(window, sequence / 2)
-        costs.append(_weights(block) + 2 * cfg.num_heads * cfg.head_width * seen)
+        heads = model.get_submodule(f"layers.{layer}.attn.out")
+        assert isinstance(heads, Leaf)
+        costs.append(_weights(block) + 2 * heads.in_features * seen)  # a score and a value for every key and channel
     costs[-1] += _weights(model.head)
     return costs
 
@@ -153,10 +154,6 @@ class Pipeline:
         run = _Run(self, work, loss_of, cast, learn=False)
         run.do(timetable(self._config, len(work), learn=False))
         return run.loss, run.z
-
-    def idle(self, num_micros: int) -> float:
-        """The share of their time that ranks wait, if stages take equally long and backward passes twice as long as forward ones."""
-        return timetable(self._config, num_micros).idle
 
     def _sum_tied(self) -> None:
         """Embedding and head are one matrix on two ranks: each adds the other's gradient to its own."""

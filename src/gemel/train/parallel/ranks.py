@@ -97,6 +97,7 @@ class Ranks:
 
     def here(self, batch: Batch) -> tuple[Batch, Attend]:
         """What this process sees of a micro-batch of its data rank, and how its tokens look at each other."""
+        self._mesh.at("computing a micro-batch")
         axis, config = self._mesh.context, self._model.config
         ring = isinstance(self._config.context, Ring)
         if self._config.sequence:
@@ -123,6 +124,7 @@ class Ranks:
 
     def total(self, of_tokens: Sequence[float] = (), of_loss: Sequence[float] = ()) -> list[float]:
         """Sums over the run: of numbers that belong to a batch, and of numbers that belong to a loss, of which every part has its own."""
+        self._mesh.at("adding up numbers of tokens")
         counted = [x if self.counts else 0.0 for x in of_tokens]
         return self._mesh.sum([*counted, *(x if self._mesh.tensor.rank == 0 else 0.0 for x in of_loss)])
 
@@ -130,6 +132,7 @@ class Ranks:
 
     def collect(self, scale: float) -> dict[str, Tensor]:
         """The gradients of what this process moves, summed over all ranks and divided by `scale`."""
+        self._mesh.at("adding up gradients")
         grads = self.gradients.collect()
         if shared := [grads[name] for name in grads if name in self._partial]:
             add_up(shared, self._mesh.tensor)
@@ -161,6 +164,7 @@ class Ranks:
 
     def gathered(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors by parameter from what each process has of them, on rank 0; elsewhere nothing. All ranks must call it."""
+        self._mesh.at("collecting weights")
         held = ((self._held(name, name, x), x) for name, x in pieces.items() if self.gradients.pieces[name].speaks)
         return layout.gather(held, self._cuts, self._mesh)
 
@@ -176,6 +180,7 @@ class Ranks:
         state = optimizer.state_dict()
         if self._mesh.num_ranks == 1:
             return state
+        self._mesh.at("collecting the optimizer's state")
         pieces, owners = self.gradients.pieces, optimizer.parameters
         held = ((self._held(key, owners[key], x), x) for key, x in state.items() if pieces[owners[key]].speaks)
         return layout.gather(held, self._cuts, self._mesh)
