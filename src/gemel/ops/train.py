@@ -63,7 +63,7 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
 
 def linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
     """The product x W^T + b. The native one is used for types in which it is faster than torch's, see `products_are_native`."""
-    if torch.is_grad_enabled() and x_TD.dim() == 2:
+    if torch.is_grad_enabled() and x_TD.dim() == 2 and not torch.compiler.is_compiling():
         cast_TD, cast_ED = _cast(x_TD, weight_ED)
         if products_are_native(cast_TD.dtype) and fit(cast_TD, cast_ED):
             y_TE: Tensor = autograd.Linear.apply(cast_TD, cast_ED)  # type: ignore[no-untyped-call]
