@@ -259,7 +259,7 @@ def compile_all(capabilities: Sequence[int], dtype: torch.dtype, only: Sequence[
     kernels: list[Kernel] = []
     for capability in capabilities:
         instead_of_launching(capability, kernels, translate=translate)
-        for case in cases(Sizes(tokens=32, document=16, vocab=9000, matrices=1), torch.device("cpu"), dtype, only):
+        for case in cases(Sizes(tokens=8, document=4, vocab=9000, matrices=1), torch.device("cpu"), dtype, only):
             case.ours()
     return kernels
 
