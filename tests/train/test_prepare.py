@@ -97,6 +97,11 @@ def test_long_conversations_may_be_cut(tmp_path: Path) -> None:
     assert source.documents.lengths.tolist()[-1] == LENGTH + 1 and len(source.documents) == 3
 
 
+def test_conversations_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no file .*absent\.jsonl; make conversations with: gemel data sft"):
+        preparation(tmp_path, data={"train": [{"kind": "conversations", "paths": ["absent.jsonl"]}]}, batch=BATCH).sources(runs.tokenizer())
+
+
 def test_conversations_are_tokenized_once_and_again_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = talks(tmp_path).sources(runs.tokenizer())[0][0].documents
     with monkeypatch.context() as patch:

@@ -251,3 +251,9 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Progress, "step", another)
     assert go(recipe).finished
+
+
+def test_a_run_needs_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"out = '.*file' cannot be made a folder: File exists; give another --output"):
+        go(runs.recipe(tmp_path, out=str(tmp_path / "file")))

@@ -158,6 +158,8 @@ class Preparation:
             if sequences.left_out:
                 self._progress.say(f"{name}: {sequences.left_out.total()} of {sequences.num} sequences are left out: {sequences.reasons}")
 
+        if missing := [path for path in source.paths if not path.is_file()]:
+            raise ConfigError(f"{name}: there is no file {missing[0]}; make conversations with: gemel data sft FILES --out DIR")
         made_of = [*map(manifest.checksum, source.paths), _checksum(tokenizer), source.too_long, str(length)]
         return ConversationDocuments(self._made(f"data/{name}", made_of, encode))
 

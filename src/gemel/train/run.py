@@ -52,10 +52,18 @@ def run(
     if threads := threads_of(recipe, device):
         torch.set_num_threads(threads)
     with join(recipe.parallel, device) as mesh:
-        recipe.out.mkdir(parents=True, exist_ok=True)
+        make_folder(recipe.out)
         with manifest.Lock(recipe.out, shared=False) if mesh.first else nullcontext():
             peak = None if peak_flops_per_s is None else mesh.sum([peak_flops_per_s])[0]
             return _run(recipe, device, mesh, Progress(recipe.steps, peak, quiet or not mesh.first), peak, watch, prepared)
+
+
+def make_folder(out: Path) -> None:
+    """Where a run writes. Raises ConfigError if it cannot be there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out = {str(out)!r} cannot be made a folder: {error.strerror}; give another --output") from None
 
 
 def _run(
