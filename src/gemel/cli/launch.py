@@ -127,9 +127,9 @@ def _write(args: argparse.Namespace, job: LaunchConfig, train: list[str], enviro
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; give a file in a folder that exists") from None
     found = {"file": str(path), "submit": submit, "nproc": job.nproc, "nodes": job.nodes}
-    print(
-        json.dumps(found) if args.json else f"{path} starts {job.nproc} processes on each of {job.nodes} machines; submit it with: {submit}"
-    )
+    what = "1 process" if job.nproc == 1 else f"{job.nproc} processes"
+    where = "1 machine" if job.nodes == 1 else f"each of {job.nodes} machines"
+    print(json.dumps(found) if args.json else f"{path} starts {what} on {where}; submit it with: {submit}")
     return 0
 
 
