@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gemel.config.errors import CheckpointError, ConfigError
 from gemel.config.optim import SGD, Adafactor, AdamW, Lion, Muon, OptimConfig
+from gemel.ops.adamw import Part
 from gemel.train.optim import adafactor, adamw, lion, muon, noise, sgd
 from gemel.train.optim.method import At, Method, Slot
 from gemel.train.optim.settings import Settings, assign, shapes_of
@@ -46,6 +47,8 @@ class Member:
         self.num_steps += 1
         at = At(lr * self.settings.lr_scale, self.settings.weight_decay, self.num_steps)
         flat, num = grad.detach().reshape(-1), self.parameter.numel()
+        if self._update_stored(at, flat):
+            return
         for start in range(0, num, self._stretch):
             self._update(at, flat[start : start + self._stretch].float(), start)
 
@@ -61,7 +64,25 @@ class Member:
         if self.settings.l1:
             w.copy_(torch.nn.functional.softshrink(w, at.lr * self.settings.l1))
         for number, (store, x) in enumerate(zip((self._weight, *self._state), (w, *state), strict=True)):
-            store.write(start, x.view(-1), noise.key(self._seed, self.name, at.step, number, start))
+            store.write(start, x.view(-1), self._key(at, number, start))
+
+    def _update_stored(self, at: At, g: Tensor) -> bool:
+        """All of it in one native pass, if method and stores have one."""
+        stores = [store for store in (self._weight, *self._state) if isinstance(store, Plain | Halved | Rounded)]
+        if not isinstance(self.method, adamw.AdamW) or len(stores) < 1 + len(self._state):
+            return False
+        parts = []
+        for start in range(0, g.numel(), self._stretch):
+            stretch = g[start : start + self._stretch]
+            weight, first, second = (
+                store.stored(start, start + stretch.numel(), self._key(at, number, start)) for number, store in enumerate(stores)
+            )
+            parts.append(Part(weight, stretch, first, second))
+        return self.method.update_stored(parts, at, self.settings.l1)
+
+    def _key(self, at: At, number: int, start: int) -> int:
+        """Decides how what is stored is rounded: number 0 is the weight, then come the slots."""
+        return noise.key(self._seed, self.name, at.step, number, start)
 
     def kept(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint needs, in the shapes of what they belong to where they have as many elements."""
