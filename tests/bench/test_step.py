@@ -2,7 +2,7 @@
 
 import pytest
 
-from gemel.bench import report, step
+from gemel.bench import command, report, step
 from gemel.bench.roofline import PARTS, Rates, StepCost, uniform
 from gemel.config.engine import EngineConfig
 from gemel.config.errors import ConfigError
@@ -128,6 +128,19 @@ def test_parts_of_native_steps_stand_beside_their_plan(text, cost, program, monk
     told = step.as_json(profile, read_bytes_per_s=1e9)
     assert told["outside"] == {"share": profile.outside_share, "bar": 0.15, "met": False}
     assert len(told["seconds"]["planned"]) == len(PARTS)
+
+
+def test_every_rule_of_sampling_can_be_watched(text, cost):
+    assert tuple(step.SAMPLING) == command.SAMPLING
+    asked = []
+    add = text.add
+    text.add = lambda request: asked.append(request.params) or add(request)
+    for rules in step.SAMPLING:
+        assert step.profile(text, cost, batch=2, context=8, num_steps=1, sampling=rules).steps[0].outside_s["sample"] > 0
+    greedy, everything = asked[0], asked[-1]
+    assert greedy.temperature == 0.0 and greedy.logprobs is None
+    assert everything.temperature and everything.top_k and everything.top_p < 1 and everything.min_p and everything.logprobs
+    assert everything.repetition_penalty != 1 and everything.frequency_penalty
 
 
 def test_one_stream_has_the_stricter_bar(text, cost):

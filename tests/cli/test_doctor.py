@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from gemel.cli import doctor
 from gemel.cli import main as cli
-from gemel.ops import hardware
+from gemel.ops import hardware, triton
 from gemel.ops.cpu import native
 
 
@@ -91,3 +93,18 @@ def test_the_default_models_step(known: bool, why_not: str | None, state: str, s
     finding = doctor._native_step(known, why_not)
     assert finding.state == state and says in finding.value
     assert finding.state == "on" or finding.advice
+
+
+@pytest.mark.parametrize(
+    ("why_not", "state", "says"),
+    [(None, "on", "Triton for"), (triton.MISSING, "off", "not installed"), ("compute capability 7.5", "off", "capability 7.5")],
+)
+def test_what_a_gpu_trains_with(monkeypatch: pytest.MonkeyPatch, why_not: str | None, state: str, says: str) -> None:
+    card = SimpleNamespace(name="a card", total_memory=2**34, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(triton, "why_not", lambda device: why_not)
+    _, finding = doctor._cuda()
+    assert (finding.name, finding.state) == ("cuda:0 kernels", state) and says in finding.value
+    assert ("pip install triton" in str(finding.advice)) == (why_not == triton.MISSING)

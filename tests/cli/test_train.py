@@ -63,6 +63,24 @@ def look(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [len(line.attrib["points"].split()) for line in lines] == [2, 2]
 
 
+def test_search(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemel.cli.train.peak", lambda recipe: 1e11)
+    space = {"optim.lr": {"kind": "choice", "values": [1e-4, 0.02]}, "batch.micro_tokens": {"kind": "choice", "values": [32, 33]}}
+    (tmp_path / "search.toml").write_text(tomli_w.dumps({"space": space, "method": {"kind": "grid"}}))
+    argv = ["train", str(recipe), "--search", str(tmp_path / "search.toml"), "--quiet", "--set", "steps=4"]
+    assert cli.main(argv) == 0
+    head, _, first, second, *failed, last = capsys.readouterr().out.splitlines()
+    assert head.split() == ["trial", "optim.lr", "batch.micro_tokens", "step", "validation", "loss", "state"]
+    assert re.fullmatch(r"2 +0\.02 +32 +4 +\d\.\d{4} +finished", first) and re.fullmatch(r"0 +0\.0001 +32 +4 +\d\.\d{4} +finished", second)
+    assert [line.split()[0] for line in failed] == ["1", "3", "trial", "trial"] and "is not a multiple of sequence" in failed[2]
+    assert last == f"the best is in {tmp_path}/out/trials/0002; see also: gemel runs {tmp_path}/out/trials"
+    assert cli.main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["best"], found["finished"], len(found["trials"])) == (2, True, 4)
+    assert cli.main(["runs", str(tmp_path / "out" / "trials"), "--json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_mistakes_cost_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", str(recipe), "--set", "optim.lrr=1"]) == 2
     assert capsys.readouterr().err == "gemel: OptimConfig has no key 'optim.lrr': did you mean 'lr'?\n"

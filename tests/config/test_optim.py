@@ -56,7 +56,7 @@ def test_refuses(values: dict[str, Any], message: str) -> None:
         ({"kind": "adafactor"}, {"kind": "adafactor", "beta1": 0.9}),
     ],
 )
-@pytest.mark.parametrize("setting", [{"state": "int8"}, {"state": "bf16"}, {"offload": "state"}])
+@pytest.mark.parametrize("setting", [{"state": "int8"}, {"state": "bf16"}])
 def test_settings_of_a_state_that_is_not_kept_are_refused(method: dict[str, Any], way_out: dict[str, Any], setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="has no effect"):
         OptimConfig.parse({"method": method, **setting})

@@ -40,12 +40,27 @@ def test_settings_go_over_the_file(tmp_path: Path) -> None:
     assert (recipe.steps, recipe.optim.lr, recipe.data.train[0].kind, recipe.precision.kind) == (7, 1e-3, "shards", "bf16")
 
 
+def test_square_roots_survive_a_file(tmp_path: Path) -> None:
+    """TOML has no None, so nothing whose default is something else may mean it."""
+    recipe = TrainRecipe.parse(LEAST | {"activations": {"kind": "recompute", "blocks": "sqrt"}})
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
+    assert config.load(tmp_path / "run.toml") == recipe
+
+
 def test_what_decides_the_result_and_what_does_not() -> None:
     plain = TrainRecipe.parse(LEAST)
     harmless = {"out": "b", "steps": 9, "threads": 1, "device": "cpu", "save": {"every": 1}, "validation": {"every": 2}}
     assert TrainRecipe.parse(LEAST | harmless).what() == plain.what()
+    levers = {"tiling": {"kind": "outputs"}, "compile": {"kind": "none"}, "activations": {"kind": "selective"}}
+    assert TrainRecipe.parse(LEAST | levers).what() == plain.what()
     assert TrainRecipe.parse(LEAST | {"batch": LEAST["batch"] | {"micro_tokens": 32}}).what() == plain.what()
-    for change in ({"seed": 1}, {"loss": {"z_loss": 0.1}}, {"optim": {"lr": 1.0}}, {"precision": {"kind": "bf16"}}):
+    for change in (
+        {"seed": 1},
+        {"loss": {"z_loss": 0.1}},
+        {"optim": {"lr": 1.0}},
+        {"precision": {"kind": "bf16"}},
+        {"dropout": {"residual": 0.1}},
+    ):
         assert TrainRecipe.parse(LEAST | change).what() != plain.what()
 
 
@@ -65,6 +80,7 @@ def test_what_decides_the_result_and_what_does_not() -> None:
         ({"tokenizer": {"kind": "learnt"}}, "tokenizer.kind = 'learnt' needs a source of kind 'documents'"),
         ({"tokenizer": {"kind": "learnt", "end_of_document": "x"}}, "tokenizer: end_of_document = 'x' is not among special_tokens"),
         ({"validation": {"patience": 3}}, "validation.patience needs something to validate on: set data.holdout = 0.01"),
+        ({"dropout": {"residual": 1.0}}, "dropout.residual = 1.0: Input should be less than 1"),
         ({"optim": {"weights": "master"}, "precision": {"kind": "fp16"}}, "optim.weights = 'master' keeps parameters in bf16"),
     ],
 )

@@ -10,8 +10,11 @@ import pytest
 
 from gemel.config.data.pipeline import Recipe
 from gemel.config.errors import ConfigError
+from gemel.data import inspect
+from gemel.data.manifest import fingerprint
 from gemel.data.pipeline import Job, grouped, make_plan
 from gemel.data.read.reader import Piece
+from gemel.data.report import page
 from gemel.data.unit import BrokenStep
 from tests.data.runs import contents, corpus, custom, do, first_of_each, kept, recipe, rows
 
@@ -159,6 +162,56 @@ def test_changed_input_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(ConfigError, match=r"the input has changed .*corpus\.jsonl had \d+ bytes and has \d+"):
         Job.begin(recipe(path), tmp_path / "out")
+
+
+def test_changed_files_of_steps_are_refused(tmp_path: Path) -> None:
+    path, words, urls = corpus(tmp_path), tmp_path / "evaluation.txt", tmp_path / "urls.txt"
+    words.write_text("a question of thirteen words that nobody would ever write by chance in a text")
+    urls.write_text("example.com/bad\n")
+    recipes = recipe(path, [{"kind": "url", "url_files": [str(urls)]}, {"kind": "decontaminate", "files": [str(words)]}])
+    do(recipes, tmp_path / "out")
+    Job.begin(recipes, tmp_path / "out")  # nothing has changed
+    urls.write_text("example.com/other\n")
+    with pytest.raises(ConfigError, match=r"urls\.txt changed since .*out was begun, and its steps read that; give another --output"):
+        Job.begin(recipes, tmp_path / "out")
+    do(recipes, tmp_path / "other")
+    urls.unlink()
+    with pytest.raises(ConfigError, match=r"urls\.txt"):
+        Job.begin(recipes, tmp_path / "other")
+
+
+def test_a_folder_is_known_by_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    (folder / "more").mkdir(parents=True)
+    (folder / "tokenizer.json").write_text("{}")
+    prints = [fingerprint(folder)]
+    (folder / "more" / "merges.txt").write_text("a b")
+    prints.append(fingerprint(folder))
+    (folder / "more" / "merges.txt").rename(folder / "merges.txt")
+    prints.append(fingerprint(folder))
+    assert len(set(prints)) == 3
+    (folder / "merges.txt").unlink()
+    assert fingerprint(folder) == prints[0]
+    with pytest.raises(ConfigError, match="absent is not there"):
+        fingerprint(tmp_path / "absent")
+
+
+def test_the_manifest_says_how_a_mixture_meets_its_budget(tmp_path: Path) -> None:
+    path, output = corpus(tmp_path), tmp_path / "out"
+    mixed = recipe(path, [{"kind": "mix", "unit": "documents", "budget": 50}])
+    job = Job.begin(mixed, output)
+    for stage in job.stages:
+        for index in job.missing(stage):
+            job.perform(stage, index, lambda part: None)
+    unfinished = inspect.look(output).stats.reports
+    job.finish()
+    found = inspect.look(output)
+    [(source, row)] = found.stats.reports["mix"].items()
+    assert unfinished == found.stats.reports == inspect.to_json(found)["reports"]
+    assert (row["documents"], row["target"]) == (197, 50)
+    assert row["taken_documents"] == found.stats.kept.documents == len(kept(output))
+    assert f"\n{source}  " in inspect.tables(found).partition("taken documents")[2]
+    assert "What mix says" in page(found, 0)
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:

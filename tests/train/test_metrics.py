@@ -8,9 +8,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
-from gemel.config.errors import UnsupportedError
 from gemel.train.metrics import FILE, Metrics, read
 from gemel.train.progress import Progress
 from gemel.train.trainer import Report
@@ -48,15 +45,6 @@ def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / FILE).open("a") as file:
         file.write('{"step": 4, "lo')
     assert [line["step"] for line in read(tmp_path)] == [3]
-
-
-def test_tensorboard_is_missing_or_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UnsupportedError, match="pip install tensorboard, or leave it out"):
-        Metrics(tmp_path, tensorboard=True)
-    assert not (tmp_path / FILE).exists()
 
 
 def test_the_line_of_progress() -> None:

@@ -22,7 +22,7 @@ from gemel.train import metrics
 from gemel.train.loader import Loader, Step
 from gemel.train.progress import Progress
 from gemel.train.run import run
-from gemel.train.trainer import Report
+from gemel.train.trainer import Report, Trainer
 from tests.model.reference import logits
 from tests.tolerance import assert_close
 from tests.train import runs
@@ -40,6 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp16": {"precision": {"kind": "fp16", "initial_scale": 2.0**24, "growth_steps": 2}},
     "adagc": {"optim__clip": {"kind": "adagc", "warmup": 3}},
     "recompute": {"activations": {"kind": "selective"}, "loss": {"z_loss": 1e-3, "label_smoothing": 0.1}},
+    "dropout": {"dropout": {"embedding": 0.1, "residual": 0.1}, "activations": {"kind": "recompute", "blocks": "sqrt"}},
 }
 
 
@@ -161,12 +162,59 @@ def test_a_corrupt_batch_is_rolled_back_past(tmp_path: Path, monkeypatch: pytest
     stability = {"least_window": 4, "patience": 3}
     result = go(runs.recipe(tmp_path, steps=12, stability=stability, optim__lr=3e-2, save={"every": 6}))
     lines = metrics.read(tmp_path / "out")
-    actions = [line.get("action", line.get("event", "ok")) for line in lines]
-    assert actions == ["ok"] * 6 + ["skip", "skip", "rollback", "rollback"] + ["ok"] * 6
+    assert actions(tmp_path / "out") == ["ok"] * 6 + ["skip", "skip", "rollback", "rollback"] + ["ok"] * 6
     assert result.finished and lines[9] == {"step": 9, "event": "rollback", "to": 6, "reason": lines[8]["reason"]}
     assert [line["step"] for line in lines[10:]] == [7, 8, 9, 10, 11, 12] and lines[-1]["loss"] < lines[0]["loss"]
     taken = [step.position["shards"]["taken"] for step in made]
     assert all(a < b for a, b in pairwise(taken))  # nothing was read twice
+
+
+def actions(out: Path) -> list[str]:
+    return [line.get("action", line.get("event", "ok")) for line in metrics.read(out)]
+
+
+def test_a_nan_in_a_gradient_costs_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named, and the run is the one that never saw that step's data but for its place in the schedule."""
+    real, seen = Trainer._gradients, []
+
+    def poisoned(self: Trainer, *args: Any) -> Any:
+        result = real(self, *args)
+        seen.append({name: p.detach().clone() for name, p in self.loaded.model.named_parameters()})
+        if len(seen) == 5:
+            grad = self.loaded.model.layers[1].mlp.down.weight.grad
+            assert grad is not None
+            grad.view(-1)[7] = math.nan
+        return result
+
+    monkeypatch.setattr(Trainer, "_gradients", poisoned)
+    result = go(runs.recipe(tmp_path, steps=8))
+    assert result.finished and actions(tmp_path / "out") == ["ok"] * 4 + ["skip"] + ["ok"] * 3
+    assert "layers.1.mlp.down.weight" in metrics.read(tmp_path / "out")[4]["reason"]
+    assert all(torch.equal(x, seen[5][name]) for name, x in seen[4].items())
+    assert not torch.equal(seen[6]["embed.weight"], seen[5]["embed.weight"])
+
+
+def test_a_flipped_bit_is_rolled_back_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The highest bit of the exponent of one weight: every step after it is bad, until the weights are those of the checkpoint again."""
+    real, steps = Trainer.learn, []
+
+    def flipped(self: Trainer, work: Step) -> Report:
+        steps.append(work)
+        if len(steps) == 8:
+            weight = self.loaded.model.layers[0].attn.qkv.weight.detach()
+            assert abs(weight[3, 5]) < 1
+            weight.view(torch.int32)[3, 5] ^= 1 << 30
+            assert abs(weight[3, 5]) > 1e30
+        return real(self, work)
+
+    monkeypatch.setattr(Trainer, "learn", flipped)
+    stability = {"least_window": 4, "patience": 2}
+    result = go(runs.recipe(tmp_path, steps=10, stability=stability, optim__lr=3e-2, save={"every": 6}))
+    assert actions(tmp_path / "out") == ["ok"] * 7 + ["skip", "rollback", "rollback"] + ["ok"] * 4
+    lines = metrics.read(tmp_path / "out")
+    assert lines[9]["to"] == 6 and [line["step"] for line in lines[10:]] == [7, 8, 9, 10]
+    assert result.finished and result.loss is not None and result.loss < lines[0]["loss"]
+    assert load(tmp_path / "out" / "latest").model.layers[0].attn.qkv.weight.abs().max() < 10
 
 
 def test_a_rollback_without_a_checkpoint_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +232,7 @@ def test_a_rollback_without_a_checkpoint_says_what_to_do(tmp_path: Path, monkeyp
         ({"tokenizer": None}, r"a new model needs a tokenizer"),
         ({"save__best": True}, r"save.best needs something to validate on"),
         ({"device": "cuda"}, r"device = 'cuda', but torch .* finds no CUDA device"),
+        ({"model__config__qk_norm": True}, r"family 'llama' cannot express qk_norm = True"),
         ({"model__config__vocab_size": 100}, r"the model has 100 rows in its vocabulary, the tokenizer"),
         ({"data__train": [{"kind": "shards", "path": "nowhere"}]}, r"there are no .tokens files in nowhere"),
     ],

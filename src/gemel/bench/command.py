@@ -26,10 +26,15 @@ TIMED = {
 }
 BENCHMARKS = TIMED | {
     "step": "steps of one and of many streams: where each microsecond of them goes",
-    "quality": "perplexity of a text, and how far the model's distributions are from fp32's",
+    "quality": "perplexity of a text, how far the model's distributions are from fp32's, and whether greedy text is the same",
     "data": "cleaning a corpus into tokens of the model: documents per processor second, beside a peer",
+    "train": "steps of training on random weights: tokens per second, utilization and peak memory, beside peers; what levers save",
 }
-WORK = ("near-duplicates", "clean", "pages")  # gemel.bench.data.WORK, which help must not import; a test compares them
+# What help must not import; a test compares them with the modules of their benchmarks.
+WORK = ("near-duplicates", "clean", "pages")
+SAMPLING = ("greedy", "temperature", "top-k", "top-p", "min-p", "penalties", "logprobs", "all")
+PEERS = {"data": ("datatrove",), "train": ("hf", "trl", "litgpt", "compiled")}
+SHAPES = ("135m", "7m", "tiny")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             option.flag, type=option.parse, metavar=option.metavar, default=argparse.SUPPRESS, help=whose + option.help + shown
         )
     parser.add_argument("--json", action="store_true", help="print only the JSON object")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="KEY=VALUE",
+        help="train: put a value over gemel's recipe, as optim.state=int8; may be repeated",
+    )
+    parser.add_argument("--levers", nargs="?", const="", metavar="NAME,...", help="train: measure levers instead of peers (default: all)")
     parser.add_argument("--profile", action="store_true", help="afterwards, show which operators one more run spends its time in")
 
 
@@ -78,32 +92,41 @@ def _counts(text: str) -> tuple[int, ...]:
     return tuple(_count(part) for part in text.split(","))
 
 
-def _work(text: str) -> str:
-    if text not in WORK:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(WORK)}")
-    return text
+def _one_of(*known: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
+        return text
+
+    return parse
 
 
-def _peer(text: str) -> str:
-    if text != "datatrove":
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be measured; datatrove can")
-    return text
+def _peers(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 OPTIONS = (
     Option("workload", Path, None, TIMED, "JSON workload; default: a small one made to fit the model", "FILE"),
-    Option("repeat", _count, 3, TIMED, "how often each run is timed"),
+    Option("repeat", _count, 3, (*TIMED, "train"), "how often each run is timed"),
     Option("batch", _counts, "1,64", ("step",), "numbers of streams", "N,..."),
     Option("context", _count, 128, ("step",), "tokens that each stream has already", "TOKENS"),
     Option("steps", _count, 64, ("step",), "how many steps are taken apart"),
+    Option("sampling", _one_of(*SAMPLING), "greedy", ("step",), f"how tokens are chosen: {', '.join(SAMPLING)}", "RULES"),
     Option("text", Path, None, ("quality",), "UTF-8 text; default: docstrings of Python's standard library", "FILE"),
     Option("window", _count, 256, ("quality",), "the text is cut into windows of so many tokens", "TOKENS"),
     Option("tokens", _count, 16384, ("quality",), "so much of the text is scored at most", "TOKENS"),
+    Option("prompts", _count, 50, ("quality",), "so many halves of windows at most are continued greedily"),
     Option("corpus", Path, None, ("data",), "JSONL with text and id, as bench/corpus.py makes; must be given", "FILE"),
     Option("documents", _count, 2000, ("data",), "so many of it are taken at most"),
-    Option("work", _work, "clean", ("data",), f"what is done: {', '.join(WORK)}", "WORK"),
-    Option("peer", _peer, None, ("data",), "also measure this: datatrove", "PEER"),
-    Option("peer-python", Path, None, ("data",), "the Python that the peer is installed for", "FILE"),
+    Option("work", _one_of(*WORK), "clean", ("data",), f"what is done: {', '.join(WORK)}", "WORK"),
+    Option("peer", _peers, None, tuple(PEERS), "also measure: datatrove; hf, trl, litgpt, compiled", "PEER,..."),
+    Option("peer-python", Path, None, tuple(PEERS), "the Python that peers are installed for", "FILE"),
+    Option("shape", _one_of(*SHAPES), "135m", ("train",), f"the model: {', '.join(SHAPES)}", "SHAPE"),
+    Option("precision", _one_of("fp32", "bf16"), "fp32", ("train",), "fp32 or bf16; peers use autocast, gemel master copies"),
+    Option("sequences", _count, None, ("train",), "sequences in a step (default: 8 of 512, 32 of 256, 4 of 64 tokens)"),
+    Option("warm-up", _count, 1, ("train",), "steps of each process that are not timed"),
+    Option("timed", _count, 2, ("train",), "steps of each process that are timed"),
+    Option("through", str, "", ("train",), "start each process through this, as 'taskset -c 0,1'", "COMMAND"),
 )
 
 
@@ -118,7 +141,11 @@ def _settle(args: argparse.Namespace) -> argparse.Namespace:
             settled.setdefault(option.dest, default)
         elif option.dest in settled:
             raise ConfigError(f"{option.flag} has no effect on {args.benchmark}; it belongs to: {', '.join(option.benchmarks)}")
-    if args.profile and args.benchmark in ("quality", "data"):
+    if args.benchmark != "train" and (args.settings or args.levers is not None):
+        raise ConfigError(f"{'--set' if args.settings else '--levers'} has no effect on {args.benchmark}; it belongs to: train")
+    if unknown := set(getattr(args, "peer", ())) - set(PEERS.get(args.benchmark, ())):
+        raise ConfigError(f"--peer {unknown.pop()} is not measured by {args.benchmark}; it measures: {', '.join(PEERS[args.benchmark])}")
+    if args.profile and args.benchmark in ("quality", "data", "train"):
         raise ConfigError(f"--profile has no effect on {args.benchmark}; `gemel bench step --profile` shows where time goes")
     return argparse.Namespace(**settled)
 
@@ -174,12 +201,13 @@ def _run_step(args: argparse.Namespace, head: dict[str, object], path: Path, con
     text = TextEngine(subject.engine, tokenizer)
     rates = machine.rates(subject.device, subject.storage.arithmetics)
     cost, read = subject.cost(rates), rates.read_bytes_per_s
-    profiles = [step.profile(text, cost, batch, args.context, args.steps) for batch in args.batch]
+    profiles = [step.profile(text, cost, batch, args.context, args.steps, args.sampling) for batch in args.batch]
     lines = []
     for profile in profiles:
         lines += [step.summary(profile), report.aligned(step.table(profile, read)), ""]
     if args.profile and not profiles[0].native:
         lines.append(step.operators(text, cost, args.batch[-1], args.context))
+    head = head | {"sampling": args.sampling}
     _print(head, subject, rates, lines, {"batches": [step.as_json(profile, read) for profile in profiles]}, only_json=args.json)
 
 
@@ -192,16 +220,16 @@ def _run_quality(args: argparse.Namespace, head: dict[str, object], path: Path, 
     windows = quality.windows(text, Tokenizer.load(path), args.window, args.tokens)
     tested = Subject.open(path, quality.scoring(config, args.window, len(windows)))
     reference = Subject.open(path, quality.reference(tested.config))
-    figures = quality.score(
-        reference.engine.runner, tested.engine.runner, windows, tested.config.max_running, config.block_tokens
-    ).figures()
+    runners, at_once = (reference.engine.runner, tested.engine.runner), tested.config.max_running
+    greedy = quality.greedy(*runners, windows[: args.prompts], at_once, config.block_tokens)
+    figures = quality.score(*runners, windows, at_once, config.block_tokens).figures() | greedy.figures()
     rates = machine.rates(tested.device, tested.storage.arithmetics)
     _print(
         head | {"text": source, "window": args.window, "windows": len(windows)},
         tested,
         rates,
-        ["planned: what fp32 through torch gives", report.table(figures)],
-        {"figures": {name: figure.as_json() for name, figure in figures.items()}},
+        ["planned: what fp32 through torch gives", report.table(figures), *greedy.lines()],
+        {"figures": {name: figure.as_json() for name, figure in figures.items()}, "greedy": greedy.as_json()},
         only_json=args.json,
     )
 
@@ -215,12 +243,46 @@ def _run_data(args: argparse.Namespace, head: dict[str, object], path: Path, con
         raise ConfigError("engine flags have no effect on data, which uses no engine; leave them out")
     if args.corpus is None:
         raise ConfigError("data needs --corpus FILE; `python bench/corpus.py FILE` makes one")
-    lines, result = data.compare(args.work, args.corpus, args.documents, path, args.peer, args.peer_python)
+    peer = args.peer[0] if args.peer else None
+    lines, result = data.compare(args.work, args.corpus, args.documents, path, peer, args.peer_python)
     here = machine.describe()
     if not args.json:
         size = f"{result['documents']} documents, {result['characters'] / 1e6:.1f} M characters"
         print(f"{size}, {here.cpu}, load average {here.load:.1f}\n{data.WORK[args.work]}\n\n{lines}\n")
     print(json.dumps(head | {"machine": asdict(here)} | result))
+
+
+def train(args: argparse.Namespace) -> int:
+    """Steps of training: of gemel and peers, or of gemel with and without levers. Raises ConfigError for what the user can mend."""
+    args = _settle(args)
+    from gemel.bench import machine, train_levers
+    from gemel.bench import train as bench
+    from gemel.config.errors import ConfigError
+
+    if args.levers is not None and args.peer:
+        raise ConfigError("--levers compares gemel with itself; leave --peer out")
+    shape = bench.SHAPES[args.shape]
+    counts = args.sequences or shape.num_sequences, args.warm_up, args.timed, args.repeat
+    work = bench.Work(args.shape, args.precision, *counts, args.through, args.peer_python)
+    names = [] if args.levers is None else [name for name in args.levers.split(",") if name]
+    levers = {} if args.levers is None else train_levers.chosen(names, shape.length)
+    settings = tuple(args.settings)
+    variants = [settings, *((*settings, *lever.settings) for lever in levers.values())]
+    results = bench.compare(work, args.peer or (), variants, lambda line: print(f"gemel: {line}", file=sys.stderr, flush=True))
+    said, rows = bench.summary(results, work), bench.figures(results[:1] if levers else results, work)
+    changes = train_levers.figures(levers, results[0], results[1:], work) if levers else []
+    if not args.json:
+        here, limits = machine.describe(), said["limits"]
+        size = f"{work.num_sequences} x {shape.length} tokens per step"
+        print(f"{args.shape}, {args.precision}, {size}, {here.cpu}, load average {here.load:.1f}")
+        print(f"limits measured just now: multiply {limits['peak_flops_per_s'] / 1e9:.0f} GFLOP/s, ", end="")
+        print(f"read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s")
+        print(f"planned: {said['plan']['tokens_per_s']:,.0f} tokens/s, {said['plan']['peak_bytes'] / 1e6:,.0f} MB\n")
+        print(bench.table(rows) + "\n")
+        if levers:
+            print(train_levers.table(changes) + "\n")
+    print(json.dumps({"benchmark": "train"} | said | {"results": rows, "levers": changes}))
+    return 1 if any("error" in row for row in [*rows, *changes]) else 0
 
 
 def _print(

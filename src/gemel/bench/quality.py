@@ -3,6 +3,10 @@
 A text is cut into windows of equal length. Two runners, the one under test and one that computes in fp32 through torch, are led along all
 windows side by side, a token of each per step, as in decoding; but the next token is the text's, whatever the model would say. So what is
 scored is the engine's own path, with its pages and kernels, and no logit has to be kept longer than a step.
+
+What a user sees of that is greedy text: it is the same until, somewhere, both find another token likeliest. So both runners continue the
+first halves of windows side by side with what fp32 chooses, each until they differ, and by how much fp32 prefers its own token there says
+whether that was a tie or a mistake.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import ast
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import exp
 from pathlib import Path
 from typing import Protocol
@@ -78,6 +82,69 @@ def score(reference: Runs, tested: Runs, windows: Sequence[Sequence[int]], at_on
             next_S = torch.tensor([window[position + 1] for window in group])
             score.add(reference.run(plan).values_SV.cpu(), tested.run(plan).values_SV.cpu(), next_S)
     return score
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where greedy texts part: after `num_equal` tokens of a prompt's continuation. The reference's logits prefer its token by `gap`."""
+
+    prompt: int
+    num_equal: int
+    reference: int
+    tested: int
+    gap: float
+
+
+@dataclass(frozen=True, slots=True)
+class Greedy:
+    """Greedy continuations of `num_prompts` prompts by `num_tokens` tokens each."""
+
+    num_prompts: int
+    num_tokens: int
+    differences: tuple[Difference, ...]
+
+    def figures(self) -> dict[str, Figure]:
+        """Measured beside what fp32 gives."""
+        equal, gap = self.num_prompts - len(self.differences), max((one.gap for one in self.differences), default=0.0)
+        values = {"greedy_texts_equal": (equal, self.num_prompts), "greedy_largest_gap": (gap, 0.0)}
+        return {name: Figure(value, value, value, exact) for name, (value, exact) in values.items()}
+
+    def lines(self) -> list[str]:
+        """For people: the texts that are not equal."""
+        return [
+            f"prompt {one.prompt}: equal for {one.num_equal} of {self.num_tokens} tokens, then {one.reference} in fp32 and {one.tested}; "
+            f"logits {one.gap:.4f} apart in fp32"
+            for one in self.differences
+        ]
+
+    def as_json(self) -> dict[str, object]:
+        """All of it."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def greedy(reference: Runs, tested: Runs, windows: Sequence[Sequence[int]], at_once: int, block_tokens: int) -> Greedy:
+    """Continue the first halves of windows of equal length to their full length, `at_once` of them side by side."""
+    num_prompt = len(windows[0]) // 2
+    num_tokens = len(windows[0]) - num_prompt
+    differences: list[Difference] = []
+    for first in range(0, len(windows), at_once):
+        group = windows[first : first + at_once]
+        lines = {first + number: _line(number, window, block_tokens) for number, window in enumerate(group)}
+        for position in range(num_tokens):
+            start, num_new = (num_prompt + position - 1, 1) if position else (0, num_prompt)
+            plan = StepPlan(tuple(Scheduled(line, start, num_new, True) for line in lines.values()), (), ())
+            logits, tokens = reference.run(plan), tested.run(plan).argmax_S
+            for i, (number, line) in enumerate(list(lines.items())):
+                best, token = logits.argmax_S[i], tokens[i]
+                line.tokens[num_prompt + position] = best
+                if token != best:
+                    gap = logits.largest_S[i] - logits.values_SV[i, token].item()
+                    differences.append(Difference(number, position, best, token, gap))
+                    del lines[number]
+            if not lines:
+                break
+    return Greedy(len(windows), num_tokens, tuple(sorted(differences, key=lambda one: one.prompt)))
 
 
 def scoring(config: EngineConfig, window: int, num_windows: int) -> EngineConfig:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
@@ -28,6 +28,17 @@ from gemel.llm.engine import TextEngine
 # Outside of the model; `call` is what the runner does around the native call: flattening the plan, tables, crossing the language border.
 OUTSIDE = ("schedule", "call", "sample", "bookkeeping", "detokenize")
 WARM_UP_STEPS = 4
+# How the streams choose their tokens, by a name for the command line: each rule by itself, and all of them.
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "temperature": {"temperature": 0.8},
+    "top-k": {"temperature": 0.8, "top_k": 50},
+    "top-p": {"temperature": 0.8, "top_p": 0.95},
+    "min-p": {"temperature": 0.8, "min_p": 0.05},
+    "penalties": {"temperature": 0.8, "repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.2},
+    "logprobs": {"temperature": 0.0, "logprobs": 5},
+}
+SAMPLING["all"] = {key: value for rules in SAMPLING.values() for key, value in rules.items()} | {"temperature": 0.8}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -160,13 +171,16 @@ def _replace(stack: ExitStack, owner: object, name: str, value: object) -> None:
     setattr(owner, name, value)
 
 
-def profile(text: TextEngine, cost: StepCost, batch: int, context: int, num_steps: int) -> Profile:
-    """Decode `batch` random prompts of `context` tokens, and take `num_steps` steps apart. Raises ConfigError for what has no room."""
+def profile(text: TextEngine, cost: StepCost, batch: int, context: int, num_steps: int, sampling: str = "greedy") -> Profile:
+    """Decode `batch` random prompts of `context` tokens by one of `SAMPLING`, and take `num_steps` steps apart.
+
+    Raises ConfigError for what has no room.
+    """
     num_tokens = _check(text, batch, context, num_steps)
     rng = random.Random(batch)
     program: Profiled | None = getattr(text.engine.runner, "program", None)
     names = [f"step-{batch}-{number}" for number in range(batch)]
-    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=num_tokens)
+    params = SamplingParams.parse(SAMPLING[sampling] | {"ignore_eos": True, "max_tokens": num_tokens, "seed": batch})
     for name in names:
         text.add(Request(name, tuple(rng.randrange(text.engine.vocab_size) for _ in range(context)), params, salt=name))
     stopwatch, steps = Stopwatch(), []

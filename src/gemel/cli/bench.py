@@ -7,8 +7,9 @@ import argparse
 from gemel.bench import command
 from gemel.cli import flags, model
 
-HELP = "measure throughput, decode, prefill and prefix caching here, beside the plan"
-EXAMPLE = "gemel bench throughput"
+HELP = "measure serving, data and training here, beside the plan and beside peers"
+EXAMPLE = """gemel bench throughput
+gemel bench train --shape 7m --levers"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,4 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
+    if args.benchmark == "train":
+        from gemel.config.engine import EngineConfig
+        from gemel.config.errors import ConfigError
+
+        if args.model != model.DEFAULT or args.pull or model.engine_config(args) != EngineConfig():
+            raise ConfigError("--model, --pull and engine flags have no effect on train, which trains random weights; see --shape")
+        return command.train(args)
     return command.run(args, model.short_name(args), model.find(args), model.engine_config(args))

@@ -6,7 +6,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemel.data.conversation.quality import Gain
 
 HELP = "read messy fine-tuning data into one form of conversation, choose among it, preview what is trained"
 EXAMPLE = (
@@ -37,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if bool(args.preview) != bool(args.tokenizer):
         raise ConfigError("--preview N and --tokenizer DIR go together: the first says how many, the second how they are rendered")
     recipe = config.load(args.recipe) if args.recipe else config.SftRecipe()
-    report = sft.run(args.files, recipe, args.out)
+    report = sft.run(args.files, recipe, args.out, _judge)
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
     else:
@@ -46,6 +49,12 @@ def run(args: argparse.Namespace) -> int:
     if args.preview:
         _preview(args.out / sft.OUTPUTS[0], args.tokenizer, args.preview)
     return 0
+
+
+def _judge(model: str) -> Gain:
+    from gemel.llm import gain, store
+
+    return gain.Gain(store.resolve(model))
 
 
 def _table(report: dict[str, Any]) -> str:

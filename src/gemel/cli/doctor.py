@@ -188,11 +188,17 @@ def _choice(good: bool, name: str, values: tuple[str, str], advice: str) -> Iter
 def _cuda() -> Iterator[Finding]:
     import torch
 
+    from gemel.ops import triton
+
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
             size = f"{card.total_memory / 2**30:.0f} GiB, compute capability {card.major}.{card.minor}"
             yield Finding("fast paths", f"cuda:{index}", "on", f"{card.name}, {size}")
+            why_not = triton.why_not(torch.device("cuda", index))
+            advice = f"{sys.executable} -m pip install triton" if why_not == triton.MISSING else "nothing to do: PyTorch's own serve"
+            values = "Triton for the operations of training", f"the operations of training run in PyTorch: {why_not}"
+            yield from _choice(why_not is None, f"cuda:{index} kernels", values, advice)
     elif torch.version.cuda is None:
         advice = "with an NVIDIA GPU, install a CUDA build of PyTorch"
         yield Finding("fast paths", "cuda", "off", "this PyTorch was built without CUDA", advice)

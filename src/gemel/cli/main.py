@@ -20,7 +20,7 @@ from typing import NoReturn, Protocol, cast
 
 from gemel import __version__
 
-VERBS = ("pull", "serve", "chat", "generate", "data", "tokenizer", "train", "runs", "bench", "doctor")
+VERBS = ("pull", "serve", "chat", "generate", "data", "tokenizer", "tokenize", "train", "launch", "runs", "bench", "doctor")
 
 # torch's OpenMP threads spin for a long time at every barrier before they sleep. On a machine that somebody else uses too, the thread that
 # is waited for does not get its core while the other spins, and a step takes ten times as long. So many loops are some microseconds. The

@@ -265,8 +265,8 @@ def _documents(paths: Sequence[str], text_field: str) -> Iterator[Any]:
     from gemel.data.document import Dropped
     from gemel.data.read.reader import Reading
 
-    for path in paths:
-        reader = build.reader(_input(path, text_field))
+    for config in inputs(paths, text_field):
+        reader = build.reader(config)
         for piece in reader.pieces():
             for document in reader.read(piece, Reading()):
                 if isinstance(document, Dropped):
@@ -275,8 +275,12 @@ def _documents(paths: Sequence[str], text_field: str) -> Iterator[Any]:
                     yield document
 
 
+def inputs(paths: Sequence[str], text_field: str) -> Iterator[Any]:
+    """How paths are read, as their names tell."""
+    return (_input(path, text_field) for path in paths)
+
+
 def _input(path: str, text_field: str) -> Any:
-    """How a path is read, as its name tells."""
     from gemel.config.data.pipeline import HtmlInput, JsonlInput, MarkdownInput, PackageInput, ParquetInput, TextInput
 
     if path.startswith(PACKAGE):

@@ -6,6 +6,8 @@ is an error, and so is a `GEMEL_` name that nobody knows: a misspelt variable mu
     GEMEL_CACHE        folder for pulled models; default $XDG_CACHE_HOME/gemel or ~/.cache/gemel
     GEMEL_API_KEY      key that `gemel serve` asks of clients, as --api-key does
     GEMEL_TEST_MODEL   model directory or .gguf file for the tests marked `model`, instead of the pulled one
+
+What torchrun tells the processes that it starts is read here, too: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
 """
 
 from __future__ import annotations
@@ -31,6 +33,22 @@ class Env:
     test_model: Path | None
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One process among those of a job: its number among all and on its machine, how many there are, and where they find each other.
+
+    `hosted` says that somebody else listens there, so that no process needs to; `num_local` is how many there are on this machine.
+    """
+
+    rank: int
+    local_rank: int
+    num_ranks: int
+    host: str
+    port: int
+    hosted: bool
+    num_local: int
+
+
 @cache
 def env() -> Env:
     """The process's environment, read at the first call and never again."""
@@ -44,6 +62,29 @@ def read(variables: Mapping[str, str]) -> Env:
             near = difflib.get_close_matches(name, NAMES, n=1)
             raise ConfigError(f"environment variable {name} is not known: " + (f"did you mean {near[0]}?" if near else ", ".join(NAMES)))
     return Env(cache=_cache(variables), api_key=_api_key(variables), test_model=_test_model(variables))
+
+
+def place(variables: Mapping[str, str] = os.environ) -> Place | None:
+    """What a launcher such as torchrun says; None if nobody launched several processes. `ConfigError` if it says half of it."""
+    if variables.get("WORLD_SIZE", "1") == "1":
+        return None
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if not variables.get(name)]:
+        raise ConfigError(
+            f"WORLD_SIZE = {variables['WORLD_SIZE']}, but {missing[0]} is not set; start the job with torchrun, which sets both"
+        )
+    try:
+        rank, local_rank, num_ranks, port = (int(variables[name]) for name in names if name != "MASTER_ADDR")
+        num_local = int(variables.get("LOCAL_WORLD_SIZE", num_ranks))
+    except ValueError as error:
+        raise ConfigError(
+            f"a variable of {', '.join(names)} is not a number ({error}); start the job with torchrun, which sets them"
+        ) from None
+    if not 0 <= rank < num_ranks:
+        raise ConfigError(f"RANK = {rank} is not one of WORLD_SIZE = {num_ranks} ranks; start the job with torchrun, which sets both")
+    return Place(
+        rank, local_rank, num_ranks, variables["MASTER_ADDR"], port, variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True", num_local
+    )
 
 
 def _cache(variables: Mapping[str, str]) -> Path:

@@ -7,6 +7,7 @@ way out. A failed `assert` is a bug of ours and is never caught.
     ├── ConfigError        a setting is wrong or two settings contradict each other
     ├── UnsupportedError   a checkpoint or a request asks for something that is not built; says what is
     ├── CheckpointError    a file is missing, truncated or not what it claims to be
+    ├── RankError          one of several processes died or hangs, which ends all of them
     ├── RequestError       one request is refused (HTTP 400); `param` names the field
     └── CapacityError      the request is fine, there is no room for it now (HTTP 503)
 """
@@ -28,6 +29,10 @@ class UnsupportedError(GemelError):
 
 class CheckpointError(GemelError):
     """A checkpoint file is missing, truncated, or not what it claims to be."""
+
+
+class RankError(GemelError):
+    """One of the processes of a job died, failed or hangs, and the message names it. What was saved is whole: the job can go on from it."""
 
 
 class RequestError(GemelError):

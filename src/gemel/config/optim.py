@@ -256,7 +256,6 @@ class OptimConfig(Config):
     state          of the optimizer: fp32; bf16, rounded stochastically; or int8 in blocks (Dettmers et al. 2022, arXiv 2110.02861)
     weights        fp32: parameters are fp32. master: they are bf16, and the optimizer keeps the 16 bits that are missing. stochastic: they
                    are bf16 and nothing else is kept; updates are rounded up or down with the probability that makes them right on average
-    offload        a folder: state lives in files there, mapped into memory
     seed           of stochastic rounding
     """
 
@@ -270,24 +269,21 @@ class OptimConfig(Config):
     groups: tuple[Group, ...] = ()
     state: Precision = "fp32"
     weights: WeightStorage = "fp32"
-    offload: Annotated[str, Field(min_length=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="after")
     def _state_exists(self) -> OptimConfig:
-        if self.method.has_state:
-            return self
-        way_out = {"sgd": "momentum = 0.9", "adafactor": "beta1 = 0.9"}[self.method.kind]
-        if self.state != "fp32":
+        if not self.method.has_state and self.state != "fp32":
             raise ValueError(
                 f"state = {self.state!r} has no effect: {self.method.kind} as it is set keeps no state of the size of the weights; "
-                f"leave state at 'fp32' or set {way_out}"
-            )
-        if self.offload is not None:
-            raise ValueError(
-                f"offload = {self.offload!r} has no effect: {self.method.kind} keeps no large state; leave it out or set {way_out}"
+                f"leave state at 'fp32' or set {self.way_to_state}"
             )
         return self
+
+    @property
+    def way_to_state(self) -> str:
+        """What makes a method without state keep some."""
+        return {"sgd": "momentum = 0.9", "adafactor": "beta1 = 0.9"}[self.method.kind]
 
 
 # --- what watches over a run -------------------------------------------------------------------------------------------------------------

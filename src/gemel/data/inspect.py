@@ -72,10 +72,7 @@ def look(output: Path) -> Inspection:
     if (found := manifest.read_manifest(output)) is not None:
         seconds = orjson.loads((output / "timing.json").read_bytes())
         return Inspection(output, Stats.from_json(found[1]), found[0], seconds, ())
-    stats, entries = Stats.empty(job.names), dict[str, Entry]()
-    for record in job.records():
-        stats.add(Stats.from_json(record.stats))
-        entries.update({name: entry for name, entry in record.files.items() if not name.startswith("work/")})
+    stats, entries = job.gathered()
     stages = tuple((stage.name, stage.num_tasks - len(job.missing(stage)), stage.num_tasks) for stage in job.stages)
     return Inspection(output, stats, entries, job.seconds(), stages)
 
@@ -188,8 +185,21 @@ def tables(inspection: Inspection) -> str:
     for title, counts in (("counted", stats.counts), ("no documents", stats.skipped)):
         if counts:
             parts.append(table([title, "times"], [[name, f"{number:,}"] for name, number in sorted(counts.items())]))
+    for step, report in stats.reports.items():
+        figures = [[name, *map(figure, row.values())] for name, row in report.items()]
+        parts.append(table([step, *figure_names(report)], figures))
     parts.append(_length_table(stats.taken_lengths, stats.kept_lengths))
     return "\n\n".join(part for part in parts if part)
+
+
+def figure_names(report: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What the figures of a step's report are called."""
+    return [name.replace("_", " ") for name in next(iter(report.values()))]
+
+
+def figure(value: float) -> str:
+    """One of them."""
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def _head(inspection: Inspection) -> str:

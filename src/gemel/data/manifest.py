@@ -125,6 +125,19 @@ def checksum(path: Path) -> str:
     return found.hexdigest()
 
 
+def fingerprint(path: Path) -> str:
+    """The hash of a file, or of a folder's files with their names. Errors: `ConfigError` if there is nothing of that name."""
+    if path.is_file():
+        return checksum(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not there; the recipe names it, relative to {Path.cwd()}")
+    whole = xxhash.xxh3_128()
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            whole.update(f"{file.relative_to(path)}\0{checksum(file)}\0".encode())
+    return whole.hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How the work is cut: fixed when a run begins, and the same for everyone who takes part.
@@ -133,12 +146,14 @@ class Plan:
     units       each some pieces of one input, with the number of that input
     corpus      which steps, counted from 0, compare documents with each other and so end a pass over the text
     num_ranges  into how many parts their keys are divided
+    files       what steps read beside the input, by name: the xxHash3 of it
     """
 
     recipe: dict[str, Any]
     units: tuple[tuple[int, tuple[Piece, ...]], ...]
     corpus: tuple[int, ...]
     num_ranges: int
+    files: dict[str, str] = field(default_factory=dict)
     version: str = VERSION
 
     @classmethod
@@ -149,7 +164,7 @@ class Plan:
         except FileNotFoundError:
             return None
         units = tuple((number, tuple(Piece(*piece) for piece in pieces)) for number, pieces in values["units"])
-        return cls(values["recipe"], units, tuple(values["corpus"]), values["num_ranges"], values["version"])
+        return cls(values["recipe"], units, tuple(values["corpus"]), values["num_ranges"], values.get("files", {}), values["version"])
 
     def write(self, output: Path) -> None:
         """Write it, unless somebody else was faster."""
@@ -174,6 +189,9 @@ class Plan:
             raise ConfigError(f"{output} was begun by gemel {other.version}, this is {self.version}, whose steps may differ; {way_out}")
         if changes := list(differences("", other.recipe, self.recipe)):
             raise ConfigError(f"{output} holds the result of another recipe ({'; '.join(changes[:4])}); {way_out}")
+        if other.files != self.files:
+            names = sorted(name for name in other.files.keys() | self.files.keys() if other.files.get(name) != self.files.get(name))
+            raise ConfigError(f"{', '.join(names[:4])} changed since {output} was begun, and its steps read that; {way_out}")
         if other.units != self.units:
             before, now = (_sizes(plan) for plan in (other, self))
             parts = [f"{path} is new" for path in now.keys() - before.keys()]

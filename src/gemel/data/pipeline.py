@@ -27,7 +27,7 @@ from gemel.data import build, manifest
 from gemel.data.manifest import Entry, Plan, Record
 from gemel.data.read.reader import Piece
 from gemel.data.stats import Stats
-from gemel.data.step import CorpusStep, Step
+from gemel.data.step import CorpusStep, Reporting, Step
 from gemel.data.unit import Batch, Call, PassedOn, Progress, Sink, Source, UnitPass
 
 RANGE_BYTES = 128 * 2**20  # of input for one range of keys; keys are smaller than the text they are made of
@@ -58,7 +58,8 @@ def make_plan(recipe: Recipe) -> Plan:
     corpus = tuple(i for i, step in enumerate(recipe.step) if build.is_corpus(build.build(step)))
     weight_bytes = sum(piece.weight_bytes for _, unit in units for piece in unit)
     num_ranges = min(max(weight_bytes // RANGE_BYTES + 1, LEAST_RANGES), MOST_RANGES)
-    return Plan(orjson.loads(orjson.dumps(recipe.what())), tuple(units), corpus, num_ranges)
+    files = {str(path): manifest.fingerprint(path) for path in recipe.files()}
+    return Plan(orjson.loads(orjson.dumps(recipe.what())), tuple(units), corpus, num_ranges, files)
 
 
 def grouped(pieces: Sequence[Piece], unit_bytes: int) -> Iterator[tuple[Piece, ...]]:
@@ -222,8 +223,10 @@ class Job:
         paths = self._files(f"work/findings-{number}")
         if not paths:
             return Record()
-        verdicts = self._corpus_step(number).conclude(pa.concat_tables([read_table(path) for path in paths]))
-        return Record(write_table(self.output, _verdicts(number), verdicts, len(self.plan.units)))
+        step = self._corpus_step(number)
+        verdicts = step.conclude(pa.concat_tables([read_table(path) for path in paths]))
+        stats = {"report": step.report(verdicts)} if isinstance(step, Reporting) else {}
+        return Record(write_table(self.output, _verdicts(number), verdicts, len(self.plan.units)), stats)
 
     def _files(self, folder: str) -> list[Path]:
         """Files of a folder in the order of their numbers, which are padded to equal width up to a million."""
@@ -250,19 +253,23 @@ class Job:
     def stats(self) -> Stats:
         """The figures so far."""
         found = manifest.read_manifest(self.output)
-        if found is not None:
-            return Stats.from_json(found[1])
-        total = Stats.empty(self.names)
-        for record in self.records():
-            total.add(Stats.from_json(record.stats))
-        return total
+        return self.gathered()[0] if found is None else Stats.from_json(found[1])
 
-    def finish(self) -> Stats:
-        """Check that nothing was lost, write the manifest and remove what was only needed on the way."""
+    def gathered(self) -> tuple[Stats, dict[str, Entry]]:
+        """Figures and files of the tasks that are done so far."""
         total, entries = Stats.empty(self.names), dict[str, Entry]()
         for record in self.records():
             total.add(Stats.from_json(record.stats))
             entries.update({name: entry for name, entry in record.files.items() if not name.startswith("work/")})
+        for number, step in enumerate(self.plan.corpus):
+            if manifest.done(self.output, f"conclude-{number}"):
+                report = Record.read(self.output / manifest.record_name(f"conclude-{number}", 0)).stats.get("report")
+                total.reports |= {self.names[step + 1]: report} if report else {}
+        return total, entries
+
+    def finish(self) -> Stats:
+        """Check that nothing was lost, write the manifest and remove what was only needed on the way."""
+        total, entries = self.gathered()
         total.check()
         for name, entry in entries.items():
             path = self.output / name

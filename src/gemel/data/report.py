@@ -5,10 +5,10 @@ Plots are drawn here, as SVG: bars and histograms need no library, and a page th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from gemel.data.inspect import Inspection, Sample, all_samples, largest, lengths_of, share, size
+from gemel.data.inspect import Inspection, Sample, all_samples, figure, figure_names, largest, lengths_of, share, size
 from gemel.data.stats import Group, Lengths, StepStats
 
 STYLE = """
@@ -53,6 +53,7 @@ def page(inspection: Inspection, num_samples: int) -> str:
         _section("Length", "Documents by characters.", _histogram(stats.taken_lengths, stats.kept_lengths), _key(("read", "kept"))),
         _section("Languages of what was kept", "Characters.", _groups(largest(stats.languages, 20), stats.kept)),
         _section("Sources of what was kept", "Characters.", _groups(largest(stats.sources, 20), stats.kept)),
+        *(_section(f"What {escape(step)} says", "", _report(report)) for step, report in stats.reports.items()),
         _section("Counted without dropping", "", _counts({**stats.counts, **stats.skipped})),
         _section("Where the time went", "CPU seconds of all workers.", _seconds(inspection)),
         "<h2>Samples</h2>",
@@ -170,6 +171,12 @@ def _histogram(taken: Lengths, kept: Lengths) -> str:
 def _counts(counts: dict[str, int]) -> str:
     rows = "".join(f"<tr><td>{escape(name)}</td><td>{number:,}</td></tr>" for name, number in sorted(counts.items()))
     return f"<table><tr><th>what</th><th>times</th></tr>{rows}</table>" if rows else ""
+
+
+def _report(report: Mapping[str, Mapping[str, float]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("", *figure_names(report)))
+    rows = ("".join(f"<td>{escape(cell)}</td>" for cell in (name, *map(figure, row.values()))) for name, row in report.items())
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
 def _samples(title: str, samples: Sequence[Sample], unfolded: bool) -> str:

@@ -72,6 +72,7 @@ class Stats:
     counts    what steps counted without dropping (`metadata["counts"]`), over what was kept
     skipped   records that were never meant to be documents, such as the requests in a web archive
     tokens    in the output, if it is made of tokens or a step counted them (`metadata["tokens"]`), else None
+    reports   figures by step and by what they are of: how a mixture meets its budget, source by source
     """
 
     steps: list[StepStats]
@@ -83,6 +84,7 @@ class Stats:
     counts: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     tokens: int | None = None
+    reports: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, names: Sequence[str]) -> Self:
@@ -153,6 +155,7 @@ class Stats:
             "counts": dict(sorted(self.counts.items())),
             "skipped": dict(sorted(self.skipped.items())),
             "tokens": self.tokens,
+            "reports": self.reports,
         }
 
     @classmethod
@@ -168,6 +171,7 @@ class Stats:
             counts=Counter(values["counts"]),
             skipped=Counter(values["skipped"]),
             tokens=values["tokens"],
+            reports=values.get("reports", {}),
         )
 
 

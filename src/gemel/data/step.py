@@ -7,7 +7,7 @@ which process looks at them, or on what it saw before. So any part can be redone
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -42,3 +42,11 @@ class CorpusStep(Protocol):
 
     def apply(self, documents: Sequence[Document], places: Places, verdicts: pa.Table) -> Iterable[Document | Dropped]:
         """One answer per document, in order."""
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A corpus step whose verdicts are of interest by themselves: the manifest keeps their report."""
+
+    def report(self, verdicts: pa.Table) -> dict[str, dict[str, float]]:
+        """Figures by the name of what they are of, few of them, and of all the same."""

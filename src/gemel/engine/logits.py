@@ -11,6 +11,8 @@ from typing import Self
 
 from torch import Tensor
 
+from gemel.ops.cpu.sampler import Sampler
+
 
 @dataclass(frozen=True, slots=True)
 class Logits:
@@ -18,12 +20,14 @@ class Logits:
 
     `values_SV` are fp32, on any device; they may be memory that the next step overwrites. `argmax_S` holds each row's likeliest token, of
     equal ones that with the smallest id, and `largest_S` its logit. **NaN anywhere in a row makes its `largest_S` NaN**, as torch's `max`
-    does, so that "is the largest finite?" tells whether a row can be sampled from.
+    does, so that "is the largest finite?" tells whether a row can be sampled from. A native step also brings what draws from its rows
+    natively.
     """
 
     values_SV: Tensor
     argmax_S: list[int]
     largest_S: list[float]
+    sampler: Sampler | None = None
 
     @classmethod
     def of(cls, values_SV: Tensor) -> Self:

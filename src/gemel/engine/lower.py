@@ -31,6 +31,7 @@ from gemel.model.model import Model
 from gemel.model.norm import LayerNorm, RMSNorm
 from gemel.ops.cpu import native
 from gemel.ops.cpu.program import Listing, Program, Stretch
+from gemel.ops.cpu.sampler import Sampler
 
 TILE = 16  # tokens that lie together in a native page
 KV_FORMATS = {"float32": native.F32, "bfloat16": native.BF16, "int8": native.I8}
@@ -80,6 +81,7 @@ class NativeStep:
         self._bytes = np.frombuffer(self._memory, np.uint8)
         self.pages.data = self._bytes.ctypes.data
         self.program = lower(model, library, self.pages, threads)
+        self._sampler = Sampler(library, self.program.team, model.config.vocab_size, self.program)
 
     @staticmethod
     def bytes_per_block(model: ModelConfig, block_tokens: int, kv: str) -> int:
@@ -99,7 +101,7 @@ class NativeStep:
         tokens, positions, sampled = (np.array(values, np.int32) for values in flatten(work))
         stretches = [Stretch(item.start, item.num_new, item.sequence.blocks) for item in work]
         logits_SV, largest_S, argmax_S = self.program.run(tokens, positions, stretches, sampled)
-        return Logits(torch.from_numpy(logits_SV), argmax_S.tolist(), largest_S.tolist())
+        return Logits(torch.from_numpy(logits_SV), argmax_S.tolist(), largest_S.tolist(), self._sampler)
 
 
 def _pages(model: ModelConfig, num_blocks: int, block_tokens: int, kv: str) -> native.Pages:

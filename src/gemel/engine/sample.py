@@ -6,7 +6,13 @@ cumulative distribution. So the same seed gives the same text whatever else is i
 needs no generator state to go on.
 
 Order of operations, as in the reference implementations: bias, penalties and bans, then temperature, top-k, top-p,
-min-p. Log-probabilities are those of the model itself, before any of these.
+min-p. Log-probabilities are those of the model itself, before any of these. A whole distribution is inverted in the
+order of its tokens; what top-k, top-p and min-p leave of one, likeliest first.
+
+Where a native program has made the logits, it also draws from them (`gemel.ops.cpu.sampler`), by the same rules and with
+the same numbers. Its weights differ in their last bit, so that it draws the same token as the tensors here unless the
+random number is within rounding of where one token ends and the next begins, or equal logits lie at the edge of what is
+kept: there it takes the smaller token, and `topk` any.
 
 Shapes: S rows (sequences that sample in this step), V vocabulary, C candidates.
 """
@@ -24,8 +30,10 @@ import torch
 from torch import Tensor
 
 from gemel.config.sampling import SamplingParams
+from gemel.engine.draw import Draws
 from gemel.engine.logits import Logits
 from gemel.engine.request import Sequence, TokenLogprob
+from gemel.ops.cpu.sampler import Sampler
 
 Words = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float64]
@@ -45,6 +53,7 @@ class Row:
     seed: int
     end_tokens: tuple[int, ...]
     plain: bool = field(init=False)
+    _draws: Draws | None = None
 
     def __post_init__(self) -> None:
         params = self.params
@@ -60,6 +69,13 @@ class Row:
     def may_end(self) -> bool:
         """False while end tokens are banned."""
         return self.sequence.num_output >= self.params.min_tokens
+
+    @property
+    def draws(self) -> Draws:
+        """What a native sampler is asked."""
+        if self._draws is None:
+            self._draws = Draws(self.sequence, self.seed, self.end_tokens)
+        return self._draws
 
 
 class Drawn(NamedTuple):
@@ -81,10 +97,30 @@ def sample(logits: Logits, rows: Seq[Row], at: Seq[int]) -> list[Drawn]:
     drawn = [Drawn(tokens[i]) if isfinite(largest[i]) else _NOTHING for i in at]
     rest = [i for i, row in enumerate(rows) if not (row.plain and row.may_end) and drawn[i] is not _NOTHING]
     if rest:
-        chosen_RV = logits.values_SV[[at[i] for i in rest]]  # a copy, to be written to
-        for i, one in zip(rest, _draw(chosen_RV, [rows[i] for i in rest]), strict=True):
+        rest_rows, rest_at = [rows[i] for i in rest], [at[i] for i in rest]
+        if logits.sampler is not None:
+            rest_drawn = _draw_natively(logits.sampler, logits, rest_rows, rest_at)
+        else:
+            rest_drawn = _draw(logits.values_SV[rest_at], rest_rows)  # of a copy, to be written to
+        for i, one in zip(rest, rest_drawn, strict=True):
             drawn[i] = one
     return drawn
+
+
+def _draw_natively(sampler: Sampler, logits: Logits, rows: Seq[Row], at: Seq[int]) -> list[Drawn]:
+    """Draw from finite rows by all rules, in one native call."""
+    asked = [row.draws.next(i, logits.argmax_S[i], logits.largest_S[i]) for row, i in zip(rows, at, strict=True)]
+    numbers = [row.params.logprobs for row in rows]
+    drawn_R, likeliest_RN = sampler.run(logits.values_SV.numpy(), asked, max(number or 0 for number in numbers))
+    out = []
+    for (token, logprob), number, likeliest in zip(drawn_R.tolist(), numbers, likeliest_RN, strict=True):
+        if token < 0:
+            out.append(_NOTHING)
+        elif number is None:
+            out.append(Drawn(token))
+        else:
+            out.append(Drawn(token, TokenLogprob(token, logprob, tuple(likeliest[:number].tolist()))))
+    return out
 
 
 def _draw(logits_RV: Tensor, rows: Seq[Row]) -> list[Drawn]:
@@ -182,7 +218,10 @@ def _choose(logits_SV: Tensor, rows: Seq[Row]) -> list[int]:
             numbers = uniform(
                 [rows[i].seed for i in index], [rows[i].sequence.index for i in index], [rows[i].sequence.num_output for i in index]
             )
-            scaled = logits_SV[index] / _column([p.temperature for p in params], logits_SV)
+            part = logits_SV[index]
+            # From the largest on, so that no temperature is too low for the type.
+            temperature_R1 = _column([p.temperature for p in params], logits_SV).clamp_min(torch.finfo(logits_SV.dtype).tiny)
+            scaled = (part - part.amax(-1, keepdim=True)) / temperature_R1
             _assign(tokens, index, draw(scaled, params, torch.from_numpy(numbers).to(logits_SV.device)))
     return tokens
 
@@ -200,7 +239,7 @@ def _assign(tokens: list[int], index: Seq[int], values: Tensor) -> None:
 
 def _draw_full(scaled_RV: Tensor, _params: Seq[SamplingParams], u_R: Tensor) -> Tensor:
     """Invert the whole distribution in two levels: which chunk of the vocabulary, then which entry of it."""
-    weight_RV = (scaled_RV - scaled_RV.amax(-1, keepdim=True)).exp_()
+    weight_RV = scaled_RV.exp()
     pad = -weight_RV.shape[1] % CHUNK
     weight_RNC = torch.nn.functional.pad(weight_RV, (0, pad)).view(len(weight_RV), -1, CHUNK)
     sum_RN = weight_RNC.sum(-1, dtype=torch.float64)
@@ -237,7 +276,7 @@ def _draw_filtered(scaled_RV: Tensor, params: Seq[SamplingParams], u_R: Tensor) 
 def _draw_candidates(scaled_RV: Tensor, params: Seq[SamplingParams], u_R: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
     vocab_size = scaled_RV.shape[1]
     value_RC, index_RC = scaled_RV.topk(num_candidates, dim=-1)
-    weight_RC = (value_RC - value_RC[:, :1]).exp().double()
+    weight_RC = value_RC.exp().double()
     top_k_R1 = torch.tensor([min(p.top_k, vocab_size) or vocab_size for p in params], device=scaled_RV.device)[:, None]
     rank_C = torch.arange(num_candidates, device=scaled_RV.device)
     in_top_k_RC = rank_C < top_k_R1
@@ -245,7 +284,7 @@ def _draw_candidates(scaled_RV: Tensor, params: Seq[SamplingParams], u_R: Tensor
     total_R1 = torch.where(
         top_k_R1 < vocab_size,
         weight_RC.sum(-1, keepdim=True),
-        (scaled_RV - value_RC[:, :1]).exp_().sum(-1, keepdim=True, dtype=torch.float64),
+        scaled_RV.exp().sum(-1, keepdim=True, dtype=torch.float64),
     )
     before_RC = weight_RC.cumsum(-1) - weight_RC
     top_p_R1 = _column([p.top_p for p in params], before_RC)

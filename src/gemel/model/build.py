@@ -134,10 +134,7 @@ def save(loaded: LoadedModel, path: str | Path, dtype: torch.dtype | None = None
     dtype = dtype or model.norm.weight.dtype
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype} cannot be saved; {', '.join(DTYPES.values())} can")
-    kind = family(config.family)
-    hf = kind.hf_config(config)
-    if with_context(kind.config(hf), config.max_positions if _stretches(config) else None) != config:
-        raise UnsupportedError(f"the configuration of family {config.family!r} cannot express this model: {config!r}")
+    kind, hf = family(config.family), described(config)
     ends = list(loaded.eos_token_ids)
     tokens: dict[str, object] = {"bos_token_id": loaded.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
     hf |= {"architectures": [kind.ARCHITECTURE], "dtype": DTYPES[dtype]} | tokens | _quantization(model, kind.weights(config))
@@ -152,6 +149,19 @@ def save(loaded: LoadedModel, path: str | Path, dtype: torch.dtype | None = None
                 yield from zip(weight.parts, weight.form.split(whole.detach().to(dtype)), strict=True)
 
     write_directory(Path(path).expanduser(), hf, tokens, tensors())
+
+
+def described(config: ModelConfig) -> dict[str, object]:
+    """What config.json says of a model. `UnsupportedError` if its family has no words for it, which is better known before training."""
+    kind = family(config.family)
+    hf = kind.hf_config(config)
+    back = with_context(kind.config(hf), config.max_positions if _stretches(config) else None)
+    if wrong := [name for name, value in config if getattr(back, name) != value]:
+        settings = ", ".join(f"{name} = {getattr(config, name)!r}" for name in wrong)
+        raise UnsupportedError(
+            f"a checkpoint of family {config.family!r} cannot express {settings}, so nobody could load it; choose a family that has it"
+        )
+    return hf
 
 
 def _quantization(model: Model, table: Sequence[Weight]) -> dict[str, object]:

@@ -11,6 +11,8 @@ T tokens, P positions, D model width, H head width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,13 +64,22 @@ class Model(nn.Module):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Token ids and their positions (int64, [T]) to hidden states after the final norm, [T, D]."""
+        x_TD = self.through(self.layers, self.enter(tokens_T, positions_T), positions_T, attend)
+        hidden_TD: Tensor = self.norm(x_TD)
+        return hidden_TD
+
+    def enter(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
+        """The residual stream as it begins, [T, D]."""
         x_TD: Tensor = self.embed(tokens_T)
         if self.positions is not None:
             x_TD = x_TD + self.positions(positions_T)
         if self.embed_norm is not None:
             x_TD = self.embed_norm(x_TD)
+        return x_TD
+
+    def through(self, layers: Iterable[nn.Module], x_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """The residual stream behind some of the layers."""
         rotation = None if self.rotary is None else self.rotary(positions_T, x_TD.dtype)
-        for block in self.layers:
+        for block in layers:
             x_TD = block(x_TD, rotation, attend)
-        hidden_TD: Tensor = self.norm(x_TD)
-        return hidden_TD
+        return x_TD

@@ -1,8 +1,9 @@
 """The operations of training: each picks, call by call, the fastest version that can do it.
 
-On CPUs there are native ones with forward and backward passes of their own (`cpu.autograd`). They are used where gradients are wanted and
-the tensors fit; the plain ones, which are the truth, everywhere else: for inference, on other devices, for other types, for tensors that
-are not plain ones (sharded over devices, say), and under a compiler, which makes kernels of its own out of plain ones.
+There are native ones for CPUs (`cpu.autograd`) and ones in Triton for GPUs (`triton`), with forward and backward passes of their own. They
+are used where gradients are wanted and the tensors fit; the plain ones, which are the truth, everywhere else: for inference, on other
+devices, for other types, for tensors that are not plain ones (sharded over devices, say), and under a compiler, which makes kernels of its
+own out of plain ones.
 
 T tokens, D model width, E output width, N query heads, K key/value heads, M heads of any kind, H head width, F feed-forward width.
 """
@@ -12,12 +13,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemel.ops import activation, hardware, head, norm, rotary
+from gemel.ops import activation, hardware, head, norm, rotary, triton
 from gemel.ops.causal import attention
 from gemel.ops.cpu import autograd
 from gemel.ops.cpu.autograd import fit
@@ -25,8 +27,10 @@ from gemel.ops.cpu.autograd import fit
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Root mean square norm over the last axis, see `norm.rms_norm`."""
-    fits = torch.is_grad_enabled() and x.dim() in (2, 3) and weight_D.shape == x.shape[-1:] and fit(x) and fit(weight_D)
-    if not fits:
+    fits = torch.is_grad_enabled() and x.dim() in (2, 3) and weight_D.shape == x.shape[-1:]
+    if fits and triton.takes(x) and triton.takes(weight_D):
+        return triton.rms_norm(x, weight_D, eps)
+    if not (fits and fit(x) and fit(weight_D)):
         return norm.rms_norm(x, weight_D, eps)
     y: Tensor = autograd.RMSNorm.apply(x, weight_D, eps)  # type: ignore[no-untyped-call]
     return y
@@ -34,8 +38,13 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def rope(x_TMH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
     """Heads rotated by their positions' angles, which get no gradient, see `rotary.rope`."""
-    fits = torch.is_grad_enabled() and fit(x_TMH, cos_T1H, sin_T1H) and x_TMH.dim() == 3 and not x_TMH.shape[-1] % 2
-    if not fits or not cos_T1H.shape == sin_T1H.shape == (len(x_TMH), 1, x_TMH.shape[-1]) or cos_T1H.requires_grad or sin_T1H.requires_grad:
+    fits = torch.is_grad_enabled() and x_TMH.dim() == 3 and not x_TMH.shape[-1] % 2
+    fits = (
+        fits and cos_T1H.shape == sin_T1H.shape == (len(x_TMH), 1, x_TMH.shape[-1]) and not (cos_T1H.requires_grad or sin_T1H.requires_grad)
+    )
+    if fits and triton.takes(x_TMH, cos_T1H, sin_T1H):
+        return triton.rope(x_TMH, cos_T1H, sin_T1H)
+    if not (fits and fit(x_TMH, cos_T1H, sin_T1H)):
         return rotary.rope(x_TMH, cos_T1H, sin_T1H)
     y_TMH: Tensor = autograd.Rope.apply(x_TMH, cos_T1H, sin_T1H)  # type: ignore[no-untyped-call]
     return y_TMH
@@ -43,7 +52,10 @@ def rope(x_TMH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
 
 def swiglu(gate_up_T2F: Tensor) -> Tensor:
     """silu(gate) * up, see `activation.swiglu`."""
-    if not (torch.is_grad_enabled() and gate_up_T2F.dim() == 2 and fit(gate_up_T2F)):
+    fits = torch.is_grad_enabled() and gate_up_T2F.dim() == 2
+    if fits and triton.takes(gate_up_T2F):
+        return triton.swiglu(gate_up_T2F)
+    if not (fits and fit(gate_up_T2F)):
         return activation.swiglu(gate_up_T2F)
     y_TF: Tensor = autograd.SwiGLU.apply(gate_up_T2F)  # type: ignore[no-untyped-call]
     return y_TF
@@ -82,6 +94,8 @@ def packed_attention(
     """
     assert starts[0] == 0 and starts[-1] == len(q_TNH), f"documents are from {starts[0]} to {starts[-1]}, there are {len(q_TNH)} tokens"
     q_TNH, k_TKH, v_TKH = _cast(q_TNH, k_TKH, v_TKH)
+    if triton.takes(q_TNH, k_TKH, v_TKH):
+        return triton.packed_attention(q_TNH, k_TKH, v_TKH, starts, window, slopes_N)
     if not fit(q_TNH, k_TKH, v_TKH):
         return packed_attention_reference(q_TNH, k_TKH, v_TKH, starts, window, slopes_N)
     bounds, slopes_N = torch.tensor(starts, dtype=torch.int32), None if slopes_N is None else slopes_N.float().contiguous()
@@ -112,11 +126,14 @@ def head_cross_entropy(
     if len(trained) < len(weights_T):
         hidden_TD, targets_T, weights_T = hidden_TD[trained], targets_T[trained], weights_T[trained]
     differentiate = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    if not fit(hidden_TD, weight_VD):
+    on_gpu = triton.takes(hidden_TD, weight_VD)
+    if not (on_gpu or fit(hidden_TD, weight_VD)):
         return head.cross_entropy(hidden_TD, weight_VD, targets_T, weights_T, z_loss, label_smoothing)
     low, high = (int(bound) for bound in targets_T.aminmax())
     if low < 0 or high >= len(weight_VD):
         raise IndexError(f"targets are from {low} to {high}, the vocabulary has {len(weight_VD)} entries")
+    if on_gpu:
+        return triton.head_cross_entropy(hidden_TD, weight_VD, targets_T, weights_T, z_loss, label_smoothing)
     loss, z = autograd.HeadCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_TD, weight_VD, targets_T.int().contiguous(), weights_T.float().contiguous(), z_loss, label_smoothing, differentiate
     )
@@ -130,3 +147,50 @@ def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+# --- optimizer ----------------------------------------------------------------------------------------------------------------------
+
+
+class Moved(NamedTuple):
+    """A tensor that AdamW moves, with all that belongs to it. Moments and the master copy, if there is one, are fp32."""
+
+    weight: Tensor
+    gradient: Tensor
+    first: Tensor
+    second: Tensor
+    master: Tensor | None = None
+    decay: float = 0.0
+
+
+def adamw(tensors: Sequence[Moved], *, rate: float, betas: tuple[float, float], eps: float, step: int, gradient_scale: float = 1.0) -> None:
+    """One step of AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) over all tensors, in place; steps count from 1.
+
+    Weights are fp32, or bf16 as the rounded images of their masters. Gradients, fp32 or bf16, are multiplied with `gradient_scale` on the
+    way, which is where clipping costs nothing. On GPUs in one launch; on CPUs `adamw.step` does it, on numbers as they are stored.
+    """
+    if tensors and all(map(_movable, tensors)):
+        return triton.adamw(tensors, rate=rate, betas=betas, eps=eps, step=step, gradient_scale=gradient_scale)
+    return adamw_reference(tensors, rate=rate, betas=betas, eps=eps, step=step, gradient_scale=gradient_scale)
+
+
+def adamw_reference(
+    tensors: Sequence[Moved], *, rate: float, betas: tuple[float, float], eps: float, step: int, gradient_scale: float = 1.0
+) -> None:
+    """The same in torch, tensor by tensor."""
+    beta1, beta2 = betas
+    with torch.no_grad():
+        for weight, gradient, first, second, master, decay in tensors:
+            moved, gradient = weight if master is None else master, gradient.to(first.dtype) * gradient_scale
+            first.lerp_(gradient, 1 - beta1)
+            second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            root = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+            moved.mul_(1 - rate * decay).addcdiv_(first, root, value=-rate / (1 - beta1**step))
+            if master is not None:
+                weight.copy_(master)
+
+
+def _movable(one: Moved) -> bool:
+    wide = [one.first, one.second] + ([one.weight] if one.master is None else [one.master])
+    shaped = all(tensor.is_contiguous() and tensor.shape == one.weight.shape for tensor in (*wide, one.weight, one.gradient))
+    return shaped and one.first.dtype == torch.float32 and triton.takes(*wide) and triton.takes(one.weight) and triton.takes(one.gradient)

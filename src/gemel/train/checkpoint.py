@@ -9,7 +9,10 @@ Everything is written under `work`, forced to the disk, and renamed to where it 
 of both folders, so a state that is there and agrees with them is a whole checkpoint, and before that the one before it still is. Tensors
 are safetensors and all else is JSON; nothing is pickled.
 
-A save copies what it needs and goes on in a thread of its own. The next save waits for it, and so does the end of the run.
+Of several processes rank 0 writes, and all find the same; see `parallel`.
+
+A save copies what it needs and goes on in a thread of its own, or writes it as it is and waits. The next save waits for the one before, and
+so does the end of the run.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from gemel.data.manifest import checksum, sync
 from gemel.model import build
 from gemel.model.build import LoadedModel
 from gemel.tokenizer.tokenizer import Tokenizer
+from gemel.train.parallel.mesh import Mesh
 
 Json = dict[str, Any]
 VERSION = 1
@@ -59,10 +63,10 @@ class Found:
 
 
 class Checkpoints:
-    """The checkpoints of one run. Whoever uses it holds the run's lock."""
+    """The checkpoints of one run. Whoever uses it holds the run's lock, or is one of several ranks whose first does."""
 
-    def __init__(self, out: Path, config: SaveConfig, tokenizer: Tokenizer):
-        self._out, self._config, self._tokenizer = out, config, tokenizer
+    def __init__(self, out: Path, config: SaveConfig, tokenizer: Tokenizer, mesh: Mesh | None = None):
+        self._out, self._config, self._tokenizer, self._mesh = out, config, tokenizer, mesh or Mesh()
         self._drafts = out / "work" / "tmp"
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -75,11 +79,16 @@ class Checkpoints:
             self.wait()
 
     def save(self, step: int, loaded: LoadedModel, state: Mapping[str, Any], best: bool = False) -> None:
-        """Keep the model and the state (numbers, texts, lists, tables and tensors) of a step as they are now. `best` so far, or not."""
+        """Keep the model and the state (numbers, texts, lists, tables and tensors) of a step as they are now. `best` so far, or not.
+
+        Only rank 0's are kept.
+        """
+        if not self._mesh.first:
+            return
         self.wait()
         tensors: dict[str, Tensor] = {}
-        plain = _split(state, "", tensors)
-        model = _copy(loaded)
+        plain = _split(state, "", tensors, self._config.asynchronous)
+        model = _copy(loaded) if self._config.asynchronous else loaded
         self._writer = threading.Thread(target=self._work, args=(step, model, plain, tensors, best), name="checkpoint", daemon=True)
         self._writer.start()
         if not self._config.asynchronous:
@@ -95,7 +104,12 @@ class Checkpoints:
             raise error
 
     def latest(self) -> Found | None:
-        """The newest that is whole. One that is damaged is named on stderr, and the one before it is taken."""
+        """The newest that is whole. One that is damaged is named on stderr, and the one before it is taken. All ranks must call it."""
+        found = self._newest() if self._mesh.first else None
+        step = self._mesh.from_first(None if found is None else found.step)
+        return found if self._mesh.first or step is None else self._read(step, checked=True)
+
+    def _newest(self) -> Found | None:
         for step in sorted(self._steps(self._out / "state"), reverse=True):
             try:
                 return self._read(step)
@@ -103,13 +117,13 @@ class Checkpoints:
                 print(f"gemel: the checkpoint of step {step} is passed over: {error}", file=sys.stderr)
         return None
 
-    def _read(self, step: int) -> Found:
+    def _read(self, step: int, checked: bool = False) -> Found:
         folder = self._out / "state" / name_of(step)
         stored = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         if stored["version"] != VERSION:
             raise CheckpointError(f"it is of version {stored['version']}, this gemel reads version {VERSION}")
         for name, xxh3 in stored["files"].items():
-            if checksum(self._out / name) != xxh3:
+            if not checked and checksum(self._out / name) != xxh3:
                 raise CheckpointError(f"{self._out / name} is damaged")
         tensors = safetensors.torch.load_file(folder / _TENSORS)
         return Found(step, self._out / name_of(step), _join(stored["state"], tensors))
@@ -192,15 +206,15 @@ def _copy(loaded: LoadedModel) -> LoadedModel:
     return replace(loaded, model=copy.deepcopy(loaded.model, weights))
 
 
-def _split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """The same without tensors, which are copied to `tensors`; `{"tensor": name}` stands in their place."""
+def _split(value: Any, name: str, tensors: dict[str, Tensor], copied: bool) -> Any:
+    """The same without tensors, which go to `tensors`, as copies or not; `{"tensor": name}` stands in their place."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        tensors[name] = value.detach().to("cpu", copy=copied, memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, Mapping):
-        return {key: _split(inner, f"{name}/{key}".lstrip("/"), tensors) for key, inner in value.items()}
+        return {key: _split(inner, f"{name}/{key}".lstrip("/"), tensors, copied) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_split(inner, f"{name}/{i}", tensors) for i, inner in enumerate(value)]
+        return [_split(inner, f"{name}/{i}", tensors, copied) for i, inner in enumerate(value)]
     assert value is None or isinstance(value, str | int | float), f"{name} is {type(value).__name__}, which JSON does not know"
     return value
 

@@ -113,7 +113,7 @@ class Step:
 
 
 class Loader:
-    """Steps from a mixture of sources. A rank of several gets its part of each step: every `num_ranks`-th micro-batch."""
+    """Steps from a mixture of sources. A rank of several gets its part of each step: so many of the sequences, in their order."""
 
     def __init__(self, sources: Sequence[Source], config: BatchConfig, rank: int = 0, num_ranks: int = 1):
         self._sources, self._config = tuple(sources), config
@@ -152,8 +152,9 @@ class Loader:
 
     def __next__(self) -> Step:
         picked = [self._pick() for _ in range(self._config.sequences)]
-        size = self._config.micro_sequences
-        groups = [picked[i : i + size] for i in range(0, len(picked), size)][self._rank :: self._num_ranks]
+        count, size = len(picked) // self._num_ranks, self._config.micro_sequences
+        own = picked[self._rank * count : (self._rank + 1) * count]
+        groups = [own[i : i + size] for i in range(0, count, size)]
         batches = tuple(Batch.of([sequence for _, sequence in group], [source.documents.marked for source, _ in group]) for group in groups)
         return Step(batches, self.position, sum(len(sequence.inputs) for _, sequence in picked))
 

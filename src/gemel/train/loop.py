@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,12 @@ from gemel.model import build
 from gemel.train.checkpoint import Checkpoints, Found
 from gemel.train.loader import Loader, Prefetch, Source, Step, passage
 from gemel.train.metrics import Metrics
+from gemel.train.parallel.mesh import Mesh
 from gemel.train.progress import Progress
 from gemel.train.trainer import Report, Trainer
 
 Json = dict[str, Any]
+Watch = Callable[[int, float], bool]  # step and validation loss; whether to give up
 STOPPING = "stopping after this step, with a checkpoint; again to stop now, which loses the steps since the last one"
 
 
@@ -57,11 +59,16 @@ class Loop:
         loader: Loader,
         validation: Sequence[Source],
         checkpoints: Checkpoints,
-        metrics: Metrics,
+        metrics: Metrics | None,
         progress: Progress,
+        mesh: Mesh | None = None,
+        watch: Watch | None = None,
     ):
+        """Of several ranks each has a loop, and all do the same; the one with metrics writes them."""
+        self._watch, self._given_up = watch, False
         self._recipe, self._trainer, self._loader, self._validation = recipe, trainer, loader, validation
         self._checkpoints, self._metrics, self._progress = checkpoints, metrics, progress
+        self._mesh = mesh or Mesh()
         self._position = loader.position
         self._best = Best()
         self._saved = self._looked = -1  # the last steps at which this was done
@@ -80,9 +87,10 @@ class Loop:
     def run(self) -> Result:
         """Steps until there are enough, or no hope of better ones."""
         trainer, recipe = self._trainer, self._recipe
-        with StopRequest(self._progress, STOPPING) as stop, Prefetch(self._loader) as steps:
-            while trainer.step < recipe.steps and not stop.asked and not self._hopeless():
+        with StopRequest(self._progress, STOPPING) as stop, Prefetch(self._loader, pin=trainer.device.type == "cuda") as steps:
+            while trainer.step < recipe.steps and not self._mesh.any(stop.asked) and not self._hopeless():
                 began = time.perf_counter()
+                self._mesh.at(f"waiting for the data of step {trainer.step + 1}")
                 work = next(steps)
                 wait_s = time.perf_counter() - began
                 report = trainer.learn(work)
@@ -103,7 +111,8 @@ class Loop:
 
     def _account(self, work: Step, report: Report, step_s: float, wait_s: float) -> None:
         self._position, self._loss = work.position, report.loss
-        self._metrics.step(report, step_s, wait_s)
+        if self._metrics is not None:
+            self._metrics.step(report, step_s, wait_s)
         self._progress.step(report, step_s)
         if report.action in ("skip", "overflow"):
             self._progress.say(f"step {report.step} is left out: {report.reason}")
@@ -117,8 +126,12 @@ class Loop:
                 f"stability.patience = {self._recipe.stability.patience}"
             )
         self._trainer.roll_back(found.state["trainer"], build.load(found.model, dtype=self._trainer.dtype))
-        self._metrics.event("rollback", report.step, {"to": found.step, "reason": report.reason})
+        self._event("rollback", report.step, {"to": found.step, "reason": report.reason})
         self._progress.say(f"step {report.step}: {report.reason}; back to step {found.step}, past the data in between")
+
+    def _event(self, kind: str, step: int, values: Json) -> None:
+        if self._metrics is not None:
+            self._metrics.event(kind, step, values)
 
     def _look(self) -> None:
         """At the validation data."""
@@ -131,8 +144,9 @@ class Loop:
         losses = {name: loss / weight for name, (loss, weight) in sums.items()}
         mean = sum(loss for loss, _ in sums.values()) / sum(weight for _, weight in sums.values())
         self._validation_loss, self._looked = mean, self._trainer.step
-        self._metrics.event("validation", self._trainer.step, {"loss": mean, "sources": losses})
+        self._event("validation", self._trainer.step, {"loss": mean, "sources": losses})
         self._progress.say(f"step {self._trainer.step}: validation loss {mean:.4f}")
+        self._given_up = self._watch is not None and self._mesh.any(self._watch(self._trainer.step, mean))
         if mean < self._best.loss:
             self._best = Best(mean, 0)
             if self._recipe.save.best:
@@ -142,7 +156,7 @@ class Loop:
 
     def _hopeless(self) -> bool:
         patience = self._recipe.validation.patience
-        return patience is not None and self._best.looks_since >= patience
+        return self._given_up or (patience is not None and self._best.looks_since >= patience)
 
     def _save(self, best: bool = False) -> None:
         if self._saved == self._trainer.step:
@@ -151,7 +165,7 @@ class Loop:
             "trainer": self._trainer.state_dict(),
             "loader": self._position,
             "best": {"loss": self._best.loss if math.isfinite(self._best.loss) else None, "looks_since": self._best.looks_since},
-            "metrics_bytes": self._metrics.num_bytes,
+            "metrics_bytes": 0 if self._metrics is None else self._metrics.num_bytes,
         }
-        self._checkpoints.save(self._trainer.step, self._trainer.loaded, state, best)
+        self._checkpoints.save(self._trainer.step, self._trainer.whole(), state, best)
         self._saved = self._trainer.step

@@ -1,4 +1,4 @@
-"""What a run says about itself while it goes: a line of JSON for every step and event, and where asked for the same for TensorBoard.
+"""What a run says about itself while it goes: a line of JSON for every step and event, and where asked for the same for trackers.
 
     {"step": 7, "loss": 5.1, "z": 0.0, "norm": 1.2, "factor": 0.8, "lr": 0.0003, "tokens": 8192, "trained": 8192.0,
      "flops": 3.4e11, "step_s": 0.9, "wait_s": 0.0, "utilization": 0.5}
@@ -13,25 +13,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from gemel.config.errors import UnsupportedError
+from gemel.train.trackers import Tracker
 from gemel.train.trainer import Report
 
 FILE = "metrics.jsonl"
-SHOWN = ("loss", "z", "norm", "factor", "lr", "utilization")  # to TensorBoard
+SHOWN = ("loss", "z", "norm", "factor", "lr", "utilization")  # to trackers
 
 
 class Metrics:
-    """Writes metrics.jsonl, and event files for TensorBoard if asked for."""
+    """Writes metrics.jsonl, and tells trackers, which it closes."""
 
-    def __init__(self, out: Path, num_bytes: int = 0, peak_flops_per_s: float | None = None, tensorboard: bool = False):
+    def __init__(self, out: Path, num_bytes: int = 0, peak_flops_per_s: float | None = None, trackers: Sequence[Tracker] = ()):
         """`num_bytes` of what is there stay."""
-        self._peak = peak_flops_per_s
-        self._board = _board(out) if tensorboard else None
+        self._peak, self._trackers = peak_flops_per_s, trackers
         self._file = (out / FILE).open("ab")
         os.truncate(out / FILE, num_bytes)
 
@@ -40,8 +39,8 @@ class Metrics:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close(failed=error is not None)
 
     @property
     def num_bytes(self) -> int:
@@ -71,17 +70,8 @@ class Metrics:
         self._file.flush()
 
     def _show(self, values: Mapping[str, float], step: int) -> None:
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-
-
-def _board(out: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UnsupportedError("metrics.tensorboard = true needs a package: pip install tensorboard, or leave it out") from None
-    return SummaryWriter(str(out / "tensorboard"))
+        for tracker in self._trackers:
+            tracker.show(values, step)
 
 
 def read(out: Path) -> list[dict[str, Any]]:

@@ -56,8 +56,8 @@ MADE_OF = "made_of.json"
 class Preparation:
     """What a run needs before its first step."""
 
-    def __init__(self, recipe: TrainRecipe, progress: Progress, quiet: bool = False):
-        self._recipe, self._out, self._progress = recipe, recipe.out, progress
+    def __init__(self, recipe: TrainRecipe, progress: Progress, quiet: bool = False, folder: Path | None = None):
+        self._recipe, self._out, self._progress = recipe, folder or recipe.out, progress
         self._board = Board(quiet=quiet)
 
     def tokenizer(self) -> Tokenizer:

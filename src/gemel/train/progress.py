@@ -16,7 +16,7 @@ class Progress:
     """On a terminal one line that changes, in a log a line now and then. `peak_flops_per_s` is what utilization is measured against."""
 
     def __init__(self, num_steps: int, peak_flops_per_s: float | None = None, quiet: bool = False, stream: TextIO | None = None):
-        self._num_steps, self._peak, self._quiet = num_steps, peak_flops_per_s, quiet
+        self._num_steps, self._peak, self.quiet = num_steps, peak_flops_per_s, quiet
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._shown = self._began = time.monotonic()
@@ -31,7 +31,7 @@ class Progress:
         self._busy_s += step_s
         now = time.monotonic()
         last = report.step == self._num_steps
-        if self._quiet or (not last and now - self._shown < (TTY_EVERY_S if self._terminal else LOG_EVERY_S)):
+        if self.quiet or (not last and now - self._shown < (TTY_EVERY_S if self._terminal else LOG_EVERY_S)):
             return
         self._shown = now
         spent_s = now - self._began
@@ -44,7 +44,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A message among the progress."""
-        if not self._quiet:
+        if not self.quiet:
             self._line(f"gemel: {text}", stays=True)
 
     def _line(self, text: str, stays: bool) -> None:

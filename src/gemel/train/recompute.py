@@ -9,7 +9,6 @@ The second computation is the first one again, bit by bit: same inputs, same ord
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,13 +20,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from gemel.config.train import Activations, KeepActivations, RecomputeBlocks, SelectiveRecompute
 from gemel.model.attend import Attend
 from gemel.model.attention import Rotation
-from gemel.model.model import Model
+from gemel.ops import triton
 from gemel.ops.cpu import autograd
 
 aten = torch.ops.aten
 # Costly for what they return: products with weights, and attention, whose recomputation would grow with the square of a document.
 COSTLY = {
     *autograd.COSTLY,
+    *triton.COSTLY,
     aten.mm.default,
     aten.addmm.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -38,17 +38,16 @@ COSTLY = {
 Forward = Callable[[Tensor, Rotation | None, Attend], Tensor]
 
 
-def apply(config: Activations, model: Model) -> None:
-    """Make the blocks of a model do what the configuration says."""
-    blocks = list(model.layers)
+def apply(config: Activations, blocks: Sequence[nn.Module]) -> None:
+    """Make blocks that follow one another do what the configuration says."""
     match config:
         case KeepActivations():
             return
         case SelectiveRecompute():
             for block in blocks:
                 block.forward = partial(_again, block.forward, partial(create_selective_checkpoint_contexts, _policy))
-        case RecomputeBlocks(blocks=size):
-            size = size or round(math.sqrt(len(blocks)))
+        case RecomputeBlocks():
+            size = config.size(len(blocks))
             for first in range(0, len(blocks), size):
                 _group(blocks[first : first + size])
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import tomli_w
 import torch
 from torch import nn
 
+from gemel.config import env
 from gemel.config import train as config
 from gemel.config.errors import ConfigError
 from gemel.config.train import NewModel, PretrainedModel, TrainRecipe
@@ -17,12 +19,14 @@ from gemel.data import manifest
 from gemel.model import build
 from gemel.model.build import LoadedModel
 from gemel.model.model import Model
+from gemel.ops import hardware
 from gemel.tokenizer.tokenizer import Tokenizer
-from gemel.train import precision
+from gemel.train import precision, trackers
 from gemel.train.checkpoint import Checkpoints, Found
 from gemel.train.loader import Loader
-from gemel.train.loop import Loop, Result
+from gemel.train.loop import Loop, Result, Watch
 from gemel.train.metrics import Metrics
+from gemel.train.parallel.mesh import Mesh, join
 from gemel.train.prepare import Preparation
 from gemel.train.progress import Progress
 from gemel.train.trainer import Trainer
@@ -30,34 +34,73 @@ from gemel.train.trainer import Trainer
 RECIPE = "run.toml"
 
 
-def run(recipe: TrainRecipe, peak_flops_per_s: float | None = None, quiet: bool = False) -> Result:
-    """Do what is missing of a run. `peak_flops_per_s` is what utilization is measured against."""
+def run(
+    recipe: TrainRecipe,
+    peak_flops_per_s: float | None = None,
+    quiet: bool = False,
+    watch: Watch | None = None,
+    prepared: Path | None = None,
+) -> Result:
+    """Do what is missing of a run. `peak_flops_per_s` is what utilization is measured against, of this process.
+
+    `watch` is asked after every look at the validation data whether to give up. `prepared` is a folder for learnt tokenizers and tokenized
+    data, if that is not the run's own: several runs, one after the other, can share it. Where a launcher has started several processes, all
+    of them must call it; rank 0 writes and speaks.
+    """
     device = device_of(recipe)
     torch.manual_seed(recipe.seed)
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    recipe.out.mkdir(parents=True, exist_ok=True)
-    with manifest.Lock(recipe.out, shared=False):
-        progress = Progress(recipe.steps, peak_flops_per_s, quiet)
-        preparation = Preparation(recipe, progress, quiet)
+    if threads := threads_of(recipe, device):
+        torch.set_num_threads(threads)
+    with join(recipe.parallel, device) as mesh:
+        recipe.out.mkdir(parents=True, exist_ok=True)
+        with manifest.Lock(recipe.out, shared=False) if mesh.first else nullcontext():
+            peak = None if peak_flops_per_s is None else mesh.sum([peak_flops_per_s])[0]
+            return _run(recipe, device, mesh, Progress(recipe.steps, peak, quiet or not mesh.first), peak, watch, prepared)
+
+
+def _run(
+    recipe: TrainRecipe,
+    device: torch.device,
+    mesh: Mesh,
+    progress: Progress,
+    peak_flops_per_s: float | None,
+    watch: Watch | None,
+    prepared: Path | None,
+) -> Result:
+    with mesh.in_turn():
+        preparation = Preparation(recipe, progress, progress.quiet, prepared)
         tokenizer = preparation.tokenizer()
         training, validation = preparation.sources(tokenizer)
-        with Checkpoints(recipe.out, recipe.save, tokenizer) as checkpoints:
-            found = checkpoints.latest()
-            _write_recipe(recipe, found)
-            trainer = Trainer(recipe, _model(recipe, tokenizer, found), device)
-            loader = Loader(training, recipe.batch)
-            num_bytes = 0 if found is None else found.state["metrics_bytes"]
-            with Metrics(recipe.out, num_bytes, peak_flops_per_s, recipe.metrics.tensorboard) as metrics:
-                loop = Loop(recipe, trainer, loader, validation, checkpoints, metrics, progress)
-                if found is not None:
-                    loop.resume(found)
-                    progress.say(f"going on from step {found.step} in {recipe.out}")
-                return loop.run()
+    with Checkpoints(recipe.out, recipe.save, tokenizer, mesh) as checkpoints:
+        found = checkpoints.latest()
+        with mesh.in_turn():
+            _write_recipe(recipe, found, mesh)
+        trainer = Trainer(recipe, _model(recipe, tokenizer, found), device, mesh)
+        loader = Loader(training, recipe.batch, mesh.data.rank, mesh.data.size)
+        num_bytes = 0 if found is None else found.state["metrics_bytes"]
+        with Metrics(recipe.out, num_bytes, peak_flops_per_s, trackers.of(recipe)) if mesh.first else nullcontext() as metrics:
+            loop = Loop(recipe, trainer, loader, validation, checkpoints, metrics, progress, mesh, watch)
+            if found is not None:
+                loop.resume(found)
+                progress.say(f"going on from step {found.step} in {recipe.out}")
+            return loop.run()
+
+
+def threads_of(recipe: TrainRecipe, device: torch.device) -> int | None:
+    """Of one operation; None leaves what torch takes by itself. Ranks on one machine share its cores."""
+    place = env.place()
+    if recipe.threads is None and place is not None and device.type == "cpu":
+        return max(hardware.cores().usable // place.num_local, 1)
+    return recipe.threads
 
 
 def device_of(recipe: TrainRecipe) -> torch.device:
-    """Where a recipe is trained."""
+    """Where a recipe is trained: of several devices of a machine, each rank has its own."""
+    if recipe.device != "cpu" and torch.cuda.is_available() and (place := env.place()) is not None:
+        if recipe.device not in ("auto", "cuda"):
+            raise ConfigError(f"device = {recipe.device!r} is one device, and {place.num_ranks} ranks need one each; use 'cuda' or 'auto'")
+        torch.cuda.set_device(place.local_rank)
+        return torch.device("cuda", place.local_rank)
     if recipe.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if recipe.device.startswith("cuda") and not torch.cuda.is_available():
@@ -72,6 +115,7 @@ def _model(recipe: TrainRecipe, tokenizer: Tokenizer, found: Found | None) -> Lo
     elif isinstance(recipe.model, PretrainedModel):
         loaded = build.load(recipe.model.path, dtype, weights="dense")
     else:
+        build.described(recipe.model.config)
         loaded = fresh(recipe.model, recipe.seed, tokenizer, dtype)
     if recipe.batch.sequence > loaded.config.max_positions:
         raise ConfigError(
@@ -102,7 +146,7 @@ def fresh(new: NewModel, seed: int, tokenizer: Tokenizer, dtype: torch.dtype = t
     return LoadedModel(model, config, Path(), tokenizer.eos_ids, tokenizer.bos_id, dtype)
 
 
-def _write_recipe(recipe: TrainRecipe, found: Found | None) -> None:
+def _write_recipe(recipe: TrainRecipe, found: Found | None, mesh: Mesh) -> None:
     """Keep the run's recipe; a run that goes on must be of the same."""
     path = recipe.out / RECIPE
     if found is not None and path.exists():
@@ -112,6 +156,8 @@ def _write_recipe(recipe: TrainRecipe, found: Found | None) -> None:
                 f"{recipe.out} holds a run of another recipe: {'; '.join(_some(differences))}. "
                 "Give another --output, or remove that folder to begin anew"
             )
+    if not mesh.first:
+        return
     draft = recipe.out / "work" / RECIPE
     draft.write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
     draft.replace(path)

@@ -70,17 +70,21 @@ class Clipped(NamedTuple):
 
 
 @torch.no_grad()
-def clip(config: Clip, grads: Mapping[str, Tensor], state: ClipState) -> Clipped:
-    """Measure all gradients and scale them in place as `config` says. `state` is AdaGC's, and changes only with it."""
-    norms = measure(grads)
+def clip(config: Clip, grads: Mapping[str, Tensor], state: ClipState, norms: Mapping[str, float] | None = None) -> Clipped:
+    """Measure all gradients and scale them in place as `config` says. `state` is AdaGC's, and changes only with it.
+
+    `norms` are those of the whole gradients where `grads` are parts of them, or of only some; else they are measured.
+    """
+    norms = measure(grads) if norms is None else norms
     bad = tuple(name for name, norm in norms.items() if not math.isfinite(norm))
     total = math.sqrt(math.fsum(norm * norm for norm in norms.values())) if not bad else math.nan
     if bad:
         return Clipped(total, 1.0, 0, bad)
     factors = _adagc(config, norms, total, state) if isinstance(config, AdaGC) else _global(config, norms, total)
     scaled = [name for name, factor in factors.items() if factor < 1.0]
-    if scaled:
-        torch._foreach_mul_([grads[name] for name in scaled], [factors[name] for name in scaled])
+    here = [name for name in scaled if name in grads]
+    if here:
+        torch._foreach_mul_([grads[name] for name in here], [factors[name] for name in here])
     return Clipped(total, min(factors.values(), default=1.0), len(scaled), ())
 
 

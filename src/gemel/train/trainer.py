@@ -9,22 +9,24 @@ A step whose loss or gradients are not finite, or that the spike detector takes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gemel import ops
 from gemel.config.train import TrainRecipe
-from gemel.model.attend import PackedAttend
 from gemel.model.build import LoadedModel
-from gemel.model.leaves.linear import Linear
-from gemel.train import optim, precision, recompute, schedule, stability
+from gemel.train import optim, precision, rewrite, schedule, stability
 from gemel.train.batch import Batch
 from gemel.train.flops import Flops
 from gemel.train.loader import Step
+from gemel.train.offload import Homes
+from gemel.train.parallel.mesh import Mesh
+from gemel.train.parallel.ranks import Ranks
 
 Json = dict[str, Any]
 Action = Literal["ok", "skip", "overflow", "rollback"]
@@ -57,39 +59,51 @@ class Report:
 
 
 class Trainer:
-    """A model that learns, with its optimizer and its guards. `step` counts steps that were done, left out or not."""
+    """A model that learns, with its optimizer and its guards. `step` counts steps that were done, left out or not.
 
-    def __init__(self, recipe: TrainRecipe, loaded: LoadedModel, device: torch.device):
+    On a mesh of several processes each has a trainer for its part (`loaded` is what is here), and all do the same at the same time.
+    """
+
+    def __init__(self, recipe: TrainRecipe, loaded: LoadedModel, device: torch.device, mesh: Mesh | None = None):
         self._recipe, self.loaded, self._device = recipe, loaded, device
-        self._model = loaded.model.to(device)
-        recompute.apply(recipe.activations, self._model)
-        self._named = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        leaves = {name: module for name, module in self._model.named_modules() if isinstance(module, Linear)}
-        self._optimizer = optim.build(recipe.optim, self._named.items(), {f"{name}.weight": x.sections for name, x in leaves.items()})
+        mesh = mesh or Mesh()
+        self._homes = Homes.of(recipe.offload, device, recipe.out / "work" / "offload")
+        self._model = self._homes.place(loaded.model, device)
+        self._flops = Flops(self._model)
+        rewrite.apply(recipe, self._model, device, self._homes, mesh)
+        sections = {f"{name}.weight": x.sections for name, x in self._model.named_modules() if hasattr(x, "sections")}
         if recipe.batch.micro_sequences < recipe.batch.sequences:
-            precision.add_up_in_fp32(self._named.values())
+            precision.add_up_in_fp32(p for p in self._model.parameters() if p.requires_grad)
+        self._ranks = Ranks(recipe, loaded, mesh)
+        pieces = self._ranks.gradients.pieces
+        moved, starts = {name: x.tensor for name, x in pieces.items()}, {name: x.start for name, x in pieces.items()}
+        self._optimizer = optim.build(recipe.optim, moved.items(), sections, self._ranks.parameters, starts, self._homes)
         self.dtype = precision.parameter_dtype(recipe.optim)
         self._numbers = precision.Numbers(recipe.precision, self.dtype, device)
         self._clip = stability.ClipState()
         self._detector = stability.SpikeDetector(recipe.stability)
-        self._flops = Flops(self._model)
         self.step = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device
 
     def learn(self, work: Step) -> Report:
         """One step of the optimizer. A rollback is left to the caller, who has the checkpoints."""
-        weight = sum(batch.weight for batch in work.batches)
+        here = (sum(batch.weight for batch in work.batches), sum(map(self._flops.of, work.batches)))
+        weight, flops = self._ranks.total(of_tokens=here)
         assert weight > 0, "nothing of this step is trained"
         loss, z = self._gradients(work.batches, weight)
-        grads = {name: p.grad for name, p in self._named.items() if p.grad is not None}
-        clipped = stability.clip(self._recipe.optim.clip, grads, self._clip)
+        grads = self._ranks.collect(self._numbers.scale)
+        loss, z, norms = self._ranks.norms(grads, loss, z)
+        clipped = stability.clip(self._recipe.optim.clip, grads, self._clip, norms)
         lr = schedule.rate(self._recipe.optim, self.step, self._recipe.steps)
         action, reason = self._judge(loss + z, clipped)
         if action == "ok":
             self._optimizer.step(lr)
-        for parameter in self._named.values():
-            parameter.grad = None
+        self._ranks.gradients.spread()
         self.step += 1
-        flops = sum(map(self._flops.of, work.batches))
         return Report(self.step, loss, z, clipped.norm, clipped.factor, lr, work.num_tokens, weight, flops, action, reason)
 
     def _judge(self, loss: float, clipped: stability.Clipped) -> tuple[Action, str]:
@@ -99,45 +113,63 @@ class Trainer:
         named = f" ({', '.join(clipped.bad[:3])})" if clipped.bad else ""
         return verdict.action, verdict.reason + named
 
-    def _gradients(self, batches: Iterable[Batch], weight: float) -> tuple[float, float]:
-        """Backward through all micro-batches; the loss and the part of it that is not cross-entropy, per trained token."""
+    def _gradients(self, batches: Sequence[Batch], weight: float) -> tuple[float, float]:
+        """Backward through all micro-batches, with gradients that are still scaled; the loss and the part of it that is not cross-entropy,
+        per trained token of the step.
+        """
         loss, z = (torch.zeros((), dtype=torch.float64, device=self._device) for _ in range(2))
-        scale = self._numbers.scale
-        for batch in batches:
+        scale, pipeline = self._numbers.scale, self._ranks.pipeline
+        if pipeline is not None:
+            loss_of = partial(self._head_loss, factor=scale / weight, label_smoothing=self._recipe.loss.label_smoothing)
+            loss, z = pipeline.learn([self._ranks.here(batch.to(self._device)) for batch in batches], loss_of, self._numbers.cast)
+            batches = ()
+        for number, batch in enumerate(batches, 1):
             batch_loss, batch_z = self._loss(batch, scale / weight, self._recipe.loss.label_smoothing)
-            batch_loss.backward()  # type: ignore[no-untyped-call]
+            with self._ranks.gradients.backward(last=number == len(batches)):
+                batch_loss.backward()  # type: ignore[no-untyped-call]
             loss += batch_loss.detach()
             z += batch_z
-        if scale != 1:
-            for parameter in self._named.values():
-                if parameter.grad is not None:
-                    parameter.grad.div_(scale)
         return (loss - z).item() / scale, z.item() / scale
 
     def _loss(self, batch: Batch, factor: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
         """As sums over tokens, times `factor`: in the weights, it is there before anything is rounded, and costs nothing."""
-        batch, z_loss = batch.to(self._device), self._recipe.loss.z_loss
+        batch, attend = self._ranks.here(batch.to(self._device))
         with self._numbers.cast():
-            hidden_TD = self._model(batch.tokens_T, batch.positions_T, PackedAttend(self._model.config, batch.starts))
-            weights_T = batch.weights_T * factor
-            return ops.head_cross_entropy(hidden_TD, self._model.head.weight, batch.targets_T, weights_T, z_loss, label_smoothing)
+            hidden_TD = self._model(batch.tokens_T, batch.positions_T, attend)
+            return self._head_loss(hidden_TD, batch, factor, label_smoothing)
+
+    def _head_loss(self, hidden_TD: Tensor, batch: Batch, factor: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
+        return self._ranks.head_loss(hidden_TD, batch, batch.weights_T * factor, self._recipe.loss.z_loss, label_smoothing)
+
+    def _look(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """The loss of batches that go through together, as a sum over tokens."""
+        if self._ranks.pipeline is None:
+            return self._loss(batches[0], 1.0, 0.0)
+        loss_of = partial(self._head_loss, factor=1.0, label_smoothing=0.0)
+        return self._ranks.pipeline.look([self._ranks.here(batch.to(self._device)) for batch in batches], loss_of, self._numbers.cast)
 
     def validate(self, batches: Iterable[Batch]) -> tuple[float, float]:
         """The sum of the cross-entropy over all tokens that would be trained, without label smoothing, and of their weights."""
         loss = weight = 0.0
-        with torch.inference_mode():
-            for batch in batches:
-                batch_loss, batch_z = self._loss(batch, 1.0, 0.0)
-                loss += (batch_loss - batch_z).item()
-                weight += batch.weight
+        with torch.no_grad():  # inference mode would leave tensors that a backward pass refuses where parameters are gathered
+            own = self._ranks.own(batches)
+            while group := list(islice(own, self._ranks.num_micros)):
+                group_loss, group_z = self._look(group)
+                loss += (group_loss - group_z).item()
+                weight += sum(batch.weight for batch in group)
+        weight, loss = self._ranks.total(of_tokens=(weight,), of_loss=(loss,))
         return loss, weight
 
+    def whole(self) -> LoadedModel:
+        """The model with its weights, wherever its parts are, whole on rank 0. All ranks must call it."""
+        return self._homes.whole(self._ranks.whole())
+
     def state_dict(self) -> Json:
-        """All that the next step depends on, but for the weights."""
+        """All that the next step depends on, but for the weights; of all ranks on rank 0. All ranks must call it."""
         rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(self._device)} if self._device.type == "cuda" else {})
         return {
             "step": self.step,
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self._ranks.whole_state(self._optimizer),
             "numbers": self._numbers.state_dict(),
             "clip": self._clip.state_dict(),
             "detector": self._detector.state_dict(),
@@ -147,7 +179,7 @@ class Trainer:
     def load_state_dict(self, state: Json) -> None:
         """The way back."""
         self.step = state["step"]
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(self._ranks.own_state(self._optimizer, state["optimizer"]))
         self._numbers.load_state_dict(state["numbers"])
         self._clip = stability.ClipState.load(state["clip"])
         self._detector = stability.SpikeDetector(self._recipe.stability)
@@ -162,6 +194,4 @@ class Trainer:
         self.load_state_dict(state)
         self._detector = detector
         self._detector.rolled_back(self.step)
-        with torch.no_grad():
-            for name, parameter in self._model.named_parameters():
-                parameter.copy_(weights.model.get_parameter(name))
+        self._ranks.put(weights.model, self._homes.write)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from gemel.config.data.conversation import LanguageStep, LengthStep, NearDuplicateStep, RefusalStep, ScoreStep
+from gemel.config.data.conversation import LanguageStep, LengthStep, MismatchStep, NearDuplicateStep, RefusalStep, ScoreStep, SftRecipe
 from gemel.config.errors import ConfigError
-from gemel.data.conversation import quality
+from gemel.data.conversation import quality, sft
 from gemel.data.document import Dropped
 from gemel.tokenizer.conversation import Conversation, Message, ToolCall
 from tests.data.conversation.talks import reasons, talk
@@ -98,6 +99,26 @@ def test_scores_are_held_against_limits_and_kept() -> None:
     assert isinstance(found[0], Dropped)
     assert found[0].detail == "0.333333, min = 1.0"
     assert talks[1].metadata == {"ratio": 2.0}
+
+
+def test_mismatches_are_dropped_and_what_is_not_known_stays() -> None:
+    talks = [talk("q", "fits"), talk("q", "does not"), talk("q", "who knows")]
+    found = list(quality.mismatch(talks, MismatchStep(kind="mismatch", min_gain=0.1), lambda _: [0.5, -0.25, None]))
+    assert reasons(found) == ["", "sft.mismatch", ""]
+    assert isinstance(found[1], Dropped)
+    assert found[1].detail == "the question helps by -0.250 nats per token, min_gain = 0.1"
+    assert [one.metadata["gain"] for one in talks] == [0.5, -0.25, None]
+
+
+def test_a_mismatch_step_wants_a_judge(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    recipe = SftRecipe.parse({"step": [{"kind": "mismatch", "model": "some"}]})
+    with pytest.raises(ConfigError, match="a judge"):
+        sft.run([str(tmp_path / "rows.jsonl")], recipe, tmp_path / "out")
+    report = sft.run(
+        [str(tmp_path / "rows.jsonl")], recipe, tmp_path / "out", lambda model: lambda talks: [-1.0 if model == "some" else 1.0]
+    )
+    assert report["dropped"] == {"sft.mismatch": 1}
 
 
 def test_an_error_of_the_function_is_not_hidden() -> None:

@@ -23,11 +23,11 @@ def taken(answers: list[Document | Dropped]) -> dict[str, int]:
     return sums
 
 
-def mix(**values: Any) -> tuple[dict[str, int], list[Document | Dropped], list[dict[str, object]]]:
+def mix(**values: Any) -> tuple[dict[str, int], list[Document | Dropped], dict[str, dict[str, float]]]:
     step = Mix(MixConfig.parse({"unit": "documents", **values}))
     answers, verdicts = corpus.run(step, DOCUMENTS, units=4, batch=100)
     report = step.report(verdicts)
-    assert {row["source"]: row["taken_documents"] for row in report} == taken(answers)  # the report is exact
+    assert {source: row["taken_documents"] for source, row in report.items()} == taken(answers)  # the report is exact
     return taken(answers), answers, report
 
 
@@ -46,8 +46,8 @@ def test_shares_follow_the_weights() -> None:
     dropped = next(answer for answer in answers if isinstance(answer, Dropped))
     assert dropped.reason == "mix.sampled"
     assert dropped.detail == f"{got['web']} of 600 documents of 'web' are taken"
-    assert [row["source"] for row in report] == sorted(SIZES)
-    assert next(row["target"] for row in report if row["source"] == "web") == 120
+    assert list(report) == sorted(SIZES)
+    assert report["web"]["target"] == 120
 
 
 def test_without_a_budget_the_scarcest_source_is_used_up() -> None:
@@ -72,7 +72,7 @@ def test_units_are_characters_or_bytes() -> None:
     for unit, size in (("characters", 7), ("bytes", 11)):
         got, _, report = mix(weights={"web": 0, "books": 0, "代码": 1}, budget=40 * size, unit=unit)
         assert abs(got["代码"] - 40) <= 1
-        assert next(row["taken_size"] for row in report if row["source"] == "代码") == got["代码"] * size
+        assert report["代码"]["taken_size"] == got["代码"] * size
 
 
 @pytest.mark.parametrize("cutting", corpus.CUTTINGS)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gemel.config.optim import SGD, Adafactor, AdamW, Lion, Method, Muon, OptimConfig, Precision, WeightStorage
+from gemel.train.offload import Homes
 from gemel.train.optim import Optimizer, build
 
 METHODS: dict[str, Method] = {
@@ -41,12 +42,12 @@ def combinations() -> Iterator[tuple[str, Precision, WeightStorage]]:
 class Problem:
     """Weights on their way to `targets`, with gradients that are noisy, of different sizes in different rows, and reproducible."""
 
-    def __init__(self, config: OptimConfig, seed: int = 0, sections: dict[str, list[int]] | None = None):
+    def __init__(self, config: OptimConfig, seed: int = 0, sections: dict[str, list[int]] | None = None, homes: Homes | None = None):
         generator = torch.Generator().manual_seed(seed)
         dtype = torch.float32 if config.weights == "fp32" else torch.bfloat16
         self.parameters = {name: torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for name, s in SHAPES.items()}
         self.targets = {name: torch.randn(s, generator=generator) for name, s in SHAPES.items()}
-        self.optimizer: Optimizer = build(config, self.parameters.items(), sections)
+        self.optimizer: Optimizer = build(config, self.parameters.items(), sections, homes=homes)
 
     def set_grads(self, step: int) -> None:
         generator = torch.Generator().manual_seed(1000 + step)

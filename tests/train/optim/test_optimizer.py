@@ -78,10 +78,10 @@ def test_bf16_weights_with_their_halves_move_as_fp32_ones(method: str) -> None:
 def test_the_native_step_is_the_plain_one(state: Precision, weights: WeightStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     """With decay, L1, and the same draws where numbers are rounded at random."""
     native, plain = Problem(config(state=state, weights=weights)), Problem(config(state=state, weights=weights))
-    assert native.optimizer._members[0]._update_stored(At(0.0, 0.0, 1), torch.zeros(80 * 65))
+    assert native.optimizer._members[0]._update_stored(At(0.0, 0.0, 1), torch.zeros(80 * 65), 0, 80 * 65)
     native.run(0, 5)
     monkeypatch.setattr(training, "kernels", lambda: None)
-    assert not plain.optimizer._members[0]._update_stored(At(0.0, 0.0, 1), torch.zeros(80 * 65))
+    assert not plain.optimizer._members[0]._update_stored(At(0.0, 0.0, 1), torch.zeros(80 * 65), 0, 80 * 65)
     plain.run(0, 5)
     row = "fp32_reorder" if (state, weights) == ("fp32", "fp32") else "bf16_reorder"
     for name, x in native.weights().items():

@@ -99,8 +99,20 @@ class LanguageStep(Config):
     detector: Target | None = None
 
 
+class MismatchStep(Config):
+    """Drops conversations whose answer is not one to the question: it is hardly likelier behind it than behind no question at all.
+
+    model     that judges, with a chat template: directory, .gguf file, or name
+    min_gain  nats per token that the question must help with; what could not be measured is kept, and counted
+    """
+
+    kind: Literal["mismatch"]
+    model: str = "smollm2-135m-instruct"
+    min_gain: float = 0.0
+
+
 class ScoreStep(Config):
-    """Keeps conversations with a score between limits: perplexity of the answer, similarity with the question, a reward model's.
+    """Keeps conversations with a score between limits: similarity of question and answer, a reward model's.
 
     name    how reports call it; the reason of what is dropped is `sft.NAME`
     target  a function (question, answer) -> number, as module:name
@@ -170,7 +182,15 @@ class ChainOfThoughtStep(Config):
 
 
 ConversationStep = Annotated[
-    LengthStep | RefusalStep | LanguageStep | ScoreStep | NearDuplicateStep | ParaphraseStep | FewShotStep | ChainOfThoughtStep,
+    LengthStep
+    | RefusalStep
+    | LanguageStep
+    | MismatchStep
+    | ScoreStep
+    | NearDuplicateStep
+    | ParaphraseStep
+    | FewShotStep
+    | ChainOfThoughtStep,
     Field(discriminator="kind"),
 ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -300,6 +300,24 @@ class Recipe(Config):
         """All that decides what comes out: everything but who does the work, and where the result lies."""
         return self.model_dump(mode="json", exclude={"run": True, "output": {"path"}}, exclude_none=True)
 
+    def files(self) -> tuple[Path, ...]:
+        """Files and folders, beside the input, that steps and output read: word lists, models, tokenizers. Each once, by name.
+
+        A step of the user's own keeps its files to itself.
+        """
+        return tuple(sorted({path for part in (*self.step, self.output) for path in _paths(part)}))
+
+
+def _paths(value: Any) -> Iterator[Path]:
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, Config):
+        for name in type(value).model_fields:
+            yield from _paths(getattr(value, name))
+    elif isinstance(value, tuple):
+        for member in value:
+            yield from _paths(member)
+
 
 def load(path: Path, settings: Iterable[str] = ()) -> Recipe:
     """The recipe in a TOML file, with `key=value` settings put over it. Errors: `ConfigError`."""
@@ -323,7 +341,12 @@ def put(values: dict[str, Any], setting: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    *outer, last = key.strip().split(".")
+    place(values, key.strip(), value, setting)
+
+
+def place(values: dict[str, Any], key: str, value: Any, setting: str) -> None:
+    """Put a value at `a.b.0.c` of nested tables. `setting` is what messages call it."""
+    *outer, last = key.split(".")
     inner: Any = values
     for part in outer:
         inner = _member(inner, part, setting) if isinstance(inner, list) else inner.setdefault(part, {})

@@ -6,6 +6,7 @@ Thresholds are those of the publications named. A rule is switched off by its na
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
@@ -198,8 +199,8 @@ class UrlConfig(Config):
 
     kind: Literal["url"] = "url"
     domains: tuple[str, ...] = ()
-    domain_files: tuple[str, ...] = ()
-    url_files: tuple[str, ...] = ()
+    domain_files: tuple[Path, ...] = ()
+    url_files: tuple[Path, ...] = ()
     patterns: tuple[str, ...] = ()
 
 
@@ -297,7 +298,7 @@ class PerplexityConfig(Config):
     """
 
     kind: Literal["perplexity"] = "perplexity"
-    model: str
+    model: Path
     language: str = ""
     max_perplexity: Positive = float("inf")
     min_perplexity: NonNegativeFloat = 0.0
@@ -322,7 +323,7 @@ class ClassifyConfig(Config):
     """
 
     kind: Literal["classify"] = "classify"
-    model: str
+    model: Path
     name: Annotated[str, Field(min_length=1)] = "quality_score"
     min_score: Share = 0.5
 

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from gemel.config.data.conversation import LanguageStep, LengthStep, NearDuplicateStep, RefusalStep, ScoreStep
+from gemel.config.data.conversation import LanguageStep, LengthStep, MismatchStep, NearDuplicateStep, RefusalStep, ScoreStep
 from gemel.config.errors import ConfigError
 from gemel.data.document import Document, Dropped
 from gemel.data.step import CorpusStep
 from gemel.tokenizer.conversation import Conversation
 
 Answer = Conversation | Dropped
+Gain = Callable[[Sequence[Conversation]], Sequence[float | None]]  # how much questions help answers, nats per token; None: not known
 
 # Looked for at the start of an answer only, because a good one may quote such sentences.
 REFUSALS = (
@@ -111,6 +112,16 @@ def score(conversations: Sequence[Conversation], config: ScoreStep) -> Iterator[
         else:
             limit = f"min = {config.min}" if not value >= low else f"max = {config.max}"
             yield dropped(conversation, f"sft.{config.name}", f"{value:g}, {limit}")
+
+
+def mismatch(conversations: Sequence[Conversation], config: MismatchStep, gain: Gain) -> Iterator[Answer]:
+    """Reason: `sft.mismatch`. The gain is kept in the metadata."""
+    for conversation, nats in zip(conversations, gain(conversations), strict=True):
+        conversation.metadata["gain"] = nats
+        if nats is None or nats >= config.min_gain:
+            yield conversation
+        else:
+            yield dropped(conversation, "sft.mismatch", f"the question helps by {nats:.3f} nats per token, min_gain = {config.min_gain:g}")
 
 
 def near_duplicate(conversations: Sequence[Conversation], config: NearDuplicateStep) -> Iterator[Answer]:

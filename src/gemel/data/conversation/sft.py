@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,6 +23,7 @@ from gemel.config.data.conversation import (
     FewShotStep,
     LanguageStep,
     LengthStep,
+    MismatchStep,
     NearDuplicateStep,
     ParaphraseStep,
     RefusalStep,
@@ -37,6 +38,7 @@ from gemel.data.read import files
 from gemel.tokenizer.conversation import Conversation
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
+Judge = Callable[[str], quality.Gain]
 OUTPUTS = ("conversations.jsonl", "dropped.jsonl", "report.json")
 
 
@@ -56,8 +58,11 @@ class Tally:
         return {**counts, "lost": dict(self.lost.most_common()), "repaired": dict(self.repaired.most_common())}
 
 
-def run(paths: Sequence[str], recipe: SftRecipe, out: Path) -> dict[str, Any]:
-    """Read, choose, add, write; returns the report. `out` must be new or empty. Errors: `ConfigError`."""
+def run(paths: Sequence[str], recipe: SftRecipe, out: Path, judge: Judge | None = None) -> dict[str, Any]:
+    """Read, choose, add, write; returns the report. `out` must be new or empty. Errors: `ConfigError`.
+
+    `judge` loads the model that a `mismatch` step names.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder; give another one, or remove it")
     tallies: dict[str, Tally] = {}
@@ -70,7 +75,7 @@ def run(paths: Sequence[str], recipe: SftRecipe, out: Path) -> dict[str, Any]:
     steps = []
     for step in recipe.step:
         before = len(kept)
-        answers = list(apply(step, kept))
+        answers = list(apply(step, kept, judge))
         kept = [answer for answer in answers if not isinstance(answer, Dropped)]
         gone = [answer for answer in answers if isinstance(answer, Dropped)]
         dropped += gone
@@ -114,7 +119,7 @@ def read(path: str, recipe: SftRecipe, tally: Tally) -> Iterator[Conversation | 
         yield Dropped(Document("", name, source), "sft.empty_file", "there is nothing in it")
 
 
-def apply(step: ConversationStep, conversations: Sequence[Conversation]) -> Iterable[Conversation | Dropped]:
+def apply(step: ConversationStep, conversations: Sequence[Conversation], judge: Judge | None = None) -> Iterable[Conversation | Dropped]:
     """One step over all conversations."""
     match step:
         case LengthStep():
@@ -123,6 +128,10 @@ def apply(step: ConversationStep, conversations: Sequence[Conversation]) -> Iter
             return quality.refusal(conversations, step)
         case LanguageStep():
             return quality.language(conversations, step)
+        case MismatchStep():
+            if judge is None:
+                raise ConfigError("a step of kind 'mismatch' needs a model to judge with: run `gemel data sft`, or give sft.run a judge")
+            return quality.mismatch(conversations, step, judge(step.model))
         case ScoreStep():
             return quality.score(conversations, step)
         case NearDuplicateStep():

@@ -92,7 +92,7 @@ class Classify:
 
     def __init__(self, config: ClassifyConfig):
         self.config = config
-        self._classifier = Classifier.load(Path(config.model))
+        self._classifier = Classifier.load(config.model)
 
     def __call__(self, documents: Sequence[Document]) -> Iterable[Document | Dropped]:
         """One answer per document, in order."""

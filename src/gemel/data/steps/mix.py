@@ -88,11 +88,12 @@ class Mix:
             taken = f"{budget['taken_size']} of {budget['size']} {self._config.unit} of {document.source!r} are taken"
             yield document if repeat else Dropped(document, "mix.sampled", taken)
 
-    def report(self, verdicts: pa.Table) -> list[dict[str, object]]:
-        """The budget as rows: for each source what there is, its wanted share, the size that this is, what is taken, and that share."""
+    def report(self, verdicts: pa.Table) -> dict[str, dict[str, float]]:
+        """The budget by source: what there is, its wanted share, the size that this is, what is taken, and that share."""
         whole = sum(verdicts["taken_size"].to_pylist()) or 1
-        names = ("source", "documents", "size", "share", "target", "taken_documents", "taken_size")
-        return [{name: row[name] for name in names} | {"taken_share": row["taken_size"] / whole} for row in verdicts.to_pylist()]
+        names = ("documents", "size", "share", "target", "taken_documents", "taken_size")
+        rows = {row["source"]: {name: row[name] for name in names} for row in verdicts.to_pylist()}
+        return {source: row | {"taken_share": row["taken_size"] / whole} for source, row in rows.items()}
 
     def _draws(self, documents: Sequence[Document]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
         draws = (

@@ -26,7 +26,7 @@ class Perplexity:
 
     def __init__(self, config: PerplexityConfig):
         self.config = config
-        self._model = load(Path(config.model), config)
+        self._model = load(config.model, config)
 
     def __call__(self, documents: Sequence[Document]) -> Iterable[Document | Dropped]:
         """One answer per document, in order."""

@@ -58,11 +58,11 @@ def _url_of(document: Document) -> str:
     return document.id if "://" in document.id else ""
 
 
-def _lines(file: str) -> Iterator[str]:
+def _lines(file: Path) -> Iterator[str]:
     try:
-        text = Path(file).read_text("utf-8")
+        text = file.read_text("utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read the list {file!r}: {error.strerror}") from None
+        raise ConfigError(f"cannot read the list {file}: {error.strerror}") from None
     for line in text.splitlines():
         entry = _HOSTS_FILE.sub("", line.partition("#")[0].strip())
         if entry:

@@ -129,8 +129,42 @@ GEMEL_API gemel_program* gemel_program_new(int32_t threads, int32_t num_slots, c
                                            const gemel_op* ops, const gemel_pages* pages);
 GEMEL_API void gemel_program_free(gemel_program* program);
 GEMEL_API void gemel_program_run(gemel_program* program, const gemel_step* step);
+GEMEL_API gemel_team* gemel_program_team(gemel_program* program); /* its threads, to be used between two steps */
 /* Seconds since the last call, per label, [num_labels]. */
 GEMEL_API void gemel_program_profile(gemel_program* program, int32_t num_labels, double* seconds);
+
+/* --- choosing tokens ----------------------------------------------------------------------------------------------------------------
+ *
+ * How one token is drawn from a row of logits: bias, penalties and bans, then temperature, top-k, top-p, min-p. */
+typedef struct {
+    int32_t row;           /* of the logits; several draws may share one */
+    int32_t likeliest;     /* of the row as it is: its token, and its logit, which is finite */
+    float largest;
+    float temperature;     /* 0: the likeliest is taken */
+    int32_t top_k;         /* 0: all */
+    int32_t logprobs;      /* -1: none; n: of the token and of the n likeliest */
+    float repetition, presence, frequency;
+    int32_t num_marked, num_banned, reserved;
+    double top_p, min_p;
+    uint64_t seed, stream, counter; /* the random number is a function of these */
+    const int32_t* marked; /* [num_marked] tokens whose logit changes, each once */
+    const int32_t* counts; /* [num_marked] how often each is in the output; -1: neither there nor in the prompt */
+    const float* bias;     /* [num_marked] added to the logit */
+    const int32_t* banned; /* [num_banned] impossible tokens */
+} gemel_draw;
+
+typedef struct {
+    int32_t token;  /* -1: nothing can be drawn */
+    float logprob;  /* under the row as it is, like those of the likeliest */
+} gemel_drawn;
+
+/* Memory for drawing from rows of `vocabulary` logits, with the threads of a team that must outlive it. */
+typedef struct gemel_sampler gemel_sampler;
+GEMEL_API gemel_sampler* gemel_sampler_new(gemel_team* team, int32_t vocabulary);
+GEMEL_API void gemel_sampler_free(gemel_sampler* sampler);
+/* drawn [num_draws]; likeliest [num_draws, most], best first, of which each draw fills as many as its `logprobs`. */
+GEMEL_API void gemel_sampler_run(gemel_sampler* sampler, const float* logits, int32_t num_draws, const gemel_draw* draws,
+                                 gemel_drawn* drawn, int32_t most, gemel_drawn* likeliest);
 
 GEMEL_API const char* gemel_variant(void); /* the instruction set that this library was compiled for */
 

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import platform
 from collections.abc import Iterable
-from ctypes import Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 from gemel.ops import hardware
@@ -90,6 +90,21 @@ class Step(Structure):
     ]
 
 
+class Draw(Structure):
+    """gemel_draw."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("row", "likeliest")),
+        *((name, c_float) for name in ("largest", "temperature")),
+        *((name, c_int32) for name in ("top_k", "logprobs")),
+        *((name, c_float) for name in ("repetition", "presence", "frequency")),
+        *((name, c_int32) for name in ("num_marked", "num_banned", "reserved")),
+        *((name, c_double) for name in ("top_p", "min_p")),
+        *((name, c_uint64) for name in ("seed", "stream", "counter")),
+        *((name, c_void_p) for name in ("marked", "counts", "bias", "banned")),
+    ]
+
+
 # name: (result, arguments)
 _SIGNATURES = {
     "gemel_packed_bytes": (c_int64, [c_void_p]),
@@ -104,7 +119,11 @@ _SIGNATURES = {
     "gemel_program_new": (c_void_p, [c_int32, c_int32, c_void_p, c_int32, c_void_p, c_void_p]),
     "gemel_program_free": (None, [c_void_p]),
     "gemel_program_run": (None, [c_void_p, c_void_p]),
+    "gemel_program_team": (c_void_p, [c_void_p]),
     "gemel_program_profile": (None, [c_void_p, c_int32, c_void_p]),
+    "gemel_sampler_new": (c_void_p, [c_void_p, c_int32]),
+    "gemel_sampler_free": (None, [c_void_p]),
+    "gemel_sampler_run": (None, [c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_void_p]),
     "gemel_variant": (c_char_p, []),
 }
 

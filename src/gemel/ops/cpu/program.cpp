@@ -110,6 +110,8 @@ class Program {
         });
     }
 
+    Team& team() { return team_; }
+
     void profile(int num_labels, double* seconds) {
         for (int i = 0; i < num_labels; i++) {
             seconds[i] = i < static_cast<int>(seconds_.size()) ? seconds_[i] : 0.0;
@@ -334,6 +336,10 @@ gemel_program* gemel_program_new(int32_t threads, int32_t num_slots, const gemel
 void gemel_program_free(gemel_program* program) { delete reinterpret_cast<gemel::Program*>(program); }
 
 void gemel_program_run(gemel_program* program, const gemel_step* step) { reinterpret_cast<gemel::Program*>(program)->run(*step); }
+
+gemel_team* gemel_program_team(gemel_program* program) {
+    return reinterpret_cast<gemel_team*>(&reinterpret_cast<gemel::Program*>(program)->team());
+}
 
 void gemel_program_profile(gemel_program* program, int32_t num_labels, double* seconds) {
     reinterpret_cast<gemel::Program*>(program)->profile(num_labels, seconds);

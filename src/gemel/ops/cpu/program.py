@@ -81,6 +81,11 @@ class Program:
         del table
         return self._logits[:num_sampled], largest, argmax
 
+    @property
+    def team(self) -> int:
+        """The address of its threads, which live as long as the program; to be used between two steps."""
+        return int(self._library.gemel_program_team(self._handle))
+
     def profile(self) -> dict[str, float]:
         """Seconds that the steps since the last call took, per label."""
         seconds = (ctypes.c_double * len(self._listing.labels))()

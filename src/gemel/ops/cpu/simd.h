@@ -32,7 +32,11 @@ inline __m512 gemel_cvtepi32_ps(__m512i v) {
 #define _mm512_cvtps_epi32 gemel_cvtps_epi32
 #define _mm512_cvtepi32_ps gemel_cvtepi32_ps
 #elif defined(__x86_64__) && defined(__AVX2__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // what GCC 12 says of its own header (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace gemel {
@@ -123,6 +127,7 @@ inline f32 load_i8(const int8_t* p) {
 inline f32 zero_below(f32 limit, f32 x, f32 v) {  // v, and 0 where x < limit
     return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), _mm512_setzero_ps());
 }
+inline uint32_t at_least(f32 limit, f32 x) { return _mm512_cmp_ps_mask(x, limit, _CMP_GE_OQ); }  // a bit per lane where x >= limit
 // W pairs of bf16: the first of each pair, and the second.
 inline f32 load_first(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
 inline f32 load_second(const bf16* p) {
@@ -158,6 +163,7 @@ inline f32 load_i8(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 inline f32 zero_below(f32 limit, f32 x, f32 v) { return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), v); }
+inline uint32_t at_least(f32 limit, f32 x) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_GE_OQ))); }
 inline f32 load_first(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
 }
@@ -207,6 +213,10 @@ inline f32 zero_below(f32 limit, f32 x, f32 v) {  // v, and 0 where x < limit
     bits &= ~(x < limit);
     std::memcpy(&v, &bits, sizeof v);
     return v;
+}
+inline uint32_t at_least(f32 limit, f32 x) {
+    const i32v bits = (x >= limit) & i32v{1, 2, 4, 8};
+    return static_cast<uint32_t>(bits[0] | bits[1] | bits[2] | bits[3]);
 }
 inline f32 as_floats(u32v bits) {
     f32 v;

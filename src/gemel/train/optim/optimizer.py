@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from gemel.config.errors import CheckpointError, ConfigError
 from gemel.config.optim import SGD, Adafactor, AdamW, Lion, Muon, OptimConfig
 from gemel.ops.adamw import Part
+from gemel.train.offload import Home, Homes
 from gemel.train.optim import adafactor, adamw, lion, muon, noise, sgd
 from gemel.train.optim.method import At, Method, Slot
 from gemel.train.optim.settings import Settings, assign, shapes_of
@@ -29,28 +31,52 @@ LEAST_FOR_INT8 = 4096  # smaller tensors stay in fp32: norms and biases are sens
 
 
 class Member:
-    """One parameter with its method, its settings and its stores."""
+    """One parameter with its method, its settings and its stores; or the stretches of it from `start` on."""
 
-    def __init__(self, name: str, parameter: Tensor, method: Method, settings: Settings, config: OptimConfig, allocate: Allocate):
+    def __init__(
+        self, name: str, parameter: Tensor, method: Method, settings: Settings, config: OptimConfig, allocate: Allocate, start: int = 0
+    ):
         self.name, self.parameter, self.method, self.settings, self._seed = name, parameter, method, settings, config.seed
+        self._start = start
         self.num_steps = 0
         self._slots = method.slots(parameter.shape)
         self._weight = _weight_store(config, name, parameter, allocate)
         self._state = [_state_store(config, f"{name}.{slot.name}", slot, allocate) for slot in self._slots]
         self._stretch = STRETCH if method.elementwise else parameter.numel()
 
-    def step(self, lr: float) -> None:
-        """Move the weights along their gradient; nothing happens where there is none."""
-        grad = self.parameter.grad
-        if grad is None:
-            return
+    def begin(self, lr: float) -> At:
+        """A step; `proceed` must follow for all of `starts`."""
         self.num_steps += 1
-        at = At(lr * self.settings.lr_scale, self.settings.weight_decay, self.num_steps)
-        flat, num = grad.detach().reshape(-1), self.parameter.numel()
-        if self._update_stored(at, flat):
+        return At(lr * self.settings.lr_scale, self.settings.weight_decay, self.num_steps)
+
+    def proceed(self, at: At, start: int) -> None:
+        """Move the piece of the weights that begins at `start` along its gradient."""
+        assert self.parameter.grad is not None
+        flat, stop = self.parameter.grad.detach().reshape(-1), min(start + self.piece, self.parameter.numel())
+        if self._update_stored(at, flat, start, stop):
             return
-        for start in range(0, num, self._stretch):
-            self._update(at, flat[start : start + self._stretch].float(), start)
+        for begin in range(start, stop, self._stretch):
+            self._update(at, flat[begin : min(begin + self._stretch, stop)].float(), begin)
+
+    @property
+    def piece(self) -> int:
+        """Elements that are fetched together, if they live elsewhere: several stretches, because disks like long reads."""
+        return 8 * self._stretch if self.method.elementwise else max(self._stretch, 1)
+
+    @property
+    def starts(self) -> range:
+        """Of the pieces."""
+        return range(0, self.parameter.numel(), self.piece)
+
+    def part(self, start: int) -> tuple[float, float]:
+        """What share of the whole the piece that begins at `start` is."""
+        num = self.parameter.numel()
+        return start / num, min(start + self.piece, num) / num
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """Everything that a step reads and writes: weights and state."""
+        return [self.parameter.detach(), *(x for store in (self._weight, *self._state) for x in store.kept.values())]
 
     def _update(self, at: At, g: Tensor, start: int) -> None:
         stop = start + g.numel()
@@ -66,23 +92,21 @@ class Member:
         for number, (store, x) in enumerate(zip((self._weight, *self._state), (w, *state), strict=True)):
             store.write(start, x.view(-1), self._key(at, number, start))
 
-    def _update_stored(self, at: At, g: Tensor) -> bool:
-        """All of it in one native pass, if method and stores have one."""
+    def _update_stored(self, at: At, g: Tensor, start: int, stop: int) -> bool:
+        """All of a piece in one native pass, if method and stores have one."""
         stores = [store for store in (self._weight, *self._state) if isinstance(store, Plain | Halved | Rounded)]
         if not isinstance(self.method, adamw.AdamW) or len(stores) < 1 + len(self._state):
             return False
         parts = []
-        for start in range(0, g.numel(), self._stretch):
-            stretch = g[start : start + self._stretch]
-            weight, first, second = (
-                store.stored(start, start + stretch.numel(), self._key(at, number, start)) for number, store in enumerate(stores)
-            )
-            parts.append(Part(weight, stretch, first, second))
+        for begin in range(start, stop, self._stretch):
+            end = min(begin + self._stretch, stop)
+            weight, first, second = (store.stored(begin, end, self._key(at, number, begin)) for number, store in enumerate(stores))
+            parts.append(Part(weight, g[begin:end], first, second))
         return self.method.update_stored(parts, at, self.settings.l1)
 
     def _key(self, at: At, number: int, start: int) -> int:
         """Decides how what is stored is rounded: number 0 is the weight, then come the slots."""
-        return noise.key(self._seed, self.name, at.step, number, start)
+        return noise.key(self._seed, self.name, at.step, number, self._start + start)
 
     def kept(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint needs, in the shapes of what they belong to where they have as many elements."""
@@ -97,14 +121,24 @@ class Member:
 class Optimizer:
     """All parameters that are trained. Make it with `build`."""
 
-    def __init__(self, members: Sequence[Member]):
-        self._members = members
+    def __init__(self, members: Sequence[Member], homes: Sequence[Home] = ()):
+        self._members, self._homes = members, homes
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update from the `.grad` of every parameter, which are not changed. `lr` is the rate of this step."""
-        for member in self._members:
-            member.step(lr)
+        pieces = [(member, start) for member in self._members if member.parameter.grad is not None for start in member.starts]
+        for (member, start), following in zip_longest(pieces, pieces[1:]):
+            if start == 0:
+                at = member.begin(lr)
+            for home in self._homes:
+                home.ahead(member.memory, member.part(start))
+                if following is not None:
+                    home.ahead(following[0].memory, following[0].part(following[1]))
+                home.fetch(member.memory)
+            member.proceed(at, start)
+            for home in self._homes:
+                home.behind(member.memory, changed=True, part=member.part(start))
 
     @property
     def state_bytes(self) -> int:
@@ -113,8 +147,13 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors by name, fit for safetensors; they share memory with the optimizer. The parameters are not among them."""
-        tensors = {name: x for member in self._members for name, x in member.kept().items()}
+        tensors = {name: self._at_home(x) for member in self._members for name, x in member.kept().items()}
         return tensors | {f"{member.name}.step": torch.tensor(member.num_steps) for member in self._members}
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """The parameter that each name in `state_dict` belongs to."""
+        return {key: member.name for member in self._members for key in (*member.kept(), f"{member.name}.step")}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave. `CheckpointError`, and nothing changed, if it is of another model or configuration."""
@@ -122,34 +161,59 @@ class Optimizer:
         _check(mine, state)
         for name, x in mine.items():
             x.copy_(state[name])
+            for home in self._homes:
+                home.behind([x], changed=False)
         for member in self._members:
             member.num_steps = int(state[f"{member.name}.step"])
 
+    def _at_home(self, x: Tensor) -> Tensor:
+        for home in self._homes:
+            x = home.at_home(x)
+        return x
+
 
 def build(
-    config: OptimConfig, named_parameters: Iterable[tuple[str, Tensor]], sections: Mapping[str, Sequence[int]] | None = None
+    config: OptimConfig,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    sections: Mapping[str, Sequence[int]] | None = None,
+    whole: Mapping[str, Tensor] | None = None,
+    starts: Mapping[str, int] | None = None,
+    homes: Homes | None = None,
 ) -> Optimizer:
     """The optimizer of all parameters that require gradients.
 
-    `sections` are, by parameter name, the heights of matrices that lie fused in one; only Muon asks for them. `ConfigError` if nothing is
+    `sections` are, by parameter name, the heights of matrices that lie fused in one; only Muon asks for them. Where this
+    process moves only a part, `whole` are all trained parameters (without memory, perhaps), which decide what patterns hit, and `starts`
+    says where what is given begins. `homes` are where state and parameters live, if not where they are used. `ConfigError` if nothing is
     trained, if a parameter's type does not fit `weights`, or if a pattern hits nothing.
     """
     trained = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
-    if not trained:
+    if not (whole or trained):
         raise ConfigError("no parameter requires gradients, so there is nothing to train; freeze fewer of them")
-    settings = assign(config, trained)
-    methods = _methods(config, trained, sections or {})
+    settings = assign(config, whole or trained)
+    device = next((parameter.device for parameter in trained.values()), torch.device("cpu"))
+    methods = _methods(config, whole or trained, sections or {}, device)
     members = []
     for name, parameter in trained.items():
         _check_type(config, name, parameter)
         one = settings[name]
         if isinstance(config.method, Muon) and not isinstance(methods[name], muon.Muon):
             one = Settings(one.lr_scale * config.method.rest_lr_scale, one.weight_decay, one.l1)
-        members.append(Member(name, parameter, methods[name], one, config, _in_memory(parameter.device)))
-    return Optimizer(members)
+        allocate = _in_memory(parameter.device) if homes is None or homes.optimizer is None else homes.optimizer.allocate
+        members.append(Member(name, parameter, methods[name], one, config, allocate, (starts or {}).get(name, 0)))
+        for home in homes.all if homes else ():
+            home.behind(members[-1].memory, changed=True)
+    return Optimizer(members, homes.all if homes else ())
 
 
-def _methods(config: OptimConfig, trained: Mapping[str, Tensor], sections: Mapping[str, Sequence[int]]) -> dict[str, Method]:
+def elementwise(config: OptimConfig, trained: Mapping[str, Tensor]) -> dict[str, bool]:
+    """Of each parameter, whether its method treats elements alone, so that it may be cut anywhere between stretches."""
+    return {name: method.elementwise for name, method in _methods(config, trained, {}, torch.device("cpu")).items()}
+
+
+def _methods(
+    config: OptimConfig, trained: Mapping[str, Tensor], sections: Mapping[str, Sequence[int]], device: torch.device
+) -> dict[str, Method]:
     method = config.method
     if not isinstance(method, Muon):
         return dict.fromkeys(trained, _method(method))
@@ -158,7 +222,7 @@ def _methods(config: OptimConfig, trained: Mapping[str, Tensor], sections: Mappi
             raise ConfigError(f"method.matrices has {pattern!r}, which no trained matrix is named like; there are: {shapes_of(trained)}")
     rest = _method(method.rest)
     is_matrix = {name: x.dim() == 2 and any(fnmatchcase(name, p) for p in method.matrices) for name, x in trained.items()}
-    return {name: muon.Muon(method, x.device, sections.get(name, ())) if is_matrix[name] else rest for name, x in trained.items()}
+    return {name: muon.Muon(method, device, sections.get(name, ())) if is_matrix[name] else rest for name in trained}
 
 
 def _method(config: AdamW | Adafactor | Lion | SGD) -> Method:

@@ -1,0 +1,219 @@
+"""Trainers of one tiny model on many meshes, compared with one process. Run as a program: the ranks are forked once everything is imported,
+which is possible only before torch has started threads, so this process computes nothing itself.
+
+For every mesh of so many ranks: the gradients of a step in one micro-batch and in four, the losses of some steps, what is saved behind them
+and what is saved again after it was loaded on another mesh. Rank 0 writes what it found to a file, for the tests to judge.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # what fully_shard would import in each rank
+import torch.distributed as dist
+import torch.distributed.fsdp
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from gemel.config.parallel import ParallelConfig
+from gemel.train.loader import Step
+from gemel.train.optim import optimizer
+from gemel.train.parallel import data
+from gemel.train.parallel.mesh import Mesh
+from gemel.train.trainer import Trainer
+from tests import tiny
+from tests.train import runs
+
+LENGTHS = (9, 4, 17, 2, 11, 7, 5, 13, 8, 3, 6, 12, 10, 4, 9, 15)
+STRETCH = 256  # so small that tiny parameters are cut into several
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str  # of model
+    mesh: dict[str, Any]
+    onto: str  # the mesh of another case, that goes on from what this one saved
+    changes: dict[str, Any] = field(default_factory=dict)
+    steps: int = 3
+
+
+MASTER = {"precision": {"kind": "bf16"}, "optim__weights": "master", "optim__state": "int8"}
+CASES: dict[int, dict[str, Case]] = {
+    2: {
+        "dp": Case("gqa", {"replicate": 2}, "zero3", steps=20),
+        "zero1": Case("learned", {"shard": 2, "zero": "optimizer"}, "sp"),
+        "zero2": Case("gqa", {"shard": 2, "zero": "gradients"}, "tp", {"optim__clip": {"kind": "adagc", "warmup": 3}}),
+        "zero3": Case("learned", {"shard": 2, "zero": "parameters"}, "sp", {"activations": {"kind": "recompute", "blocks": 2}}),
+        "tp": Case("gqa", {"tensor": 2}, "zero2", steps=20),
+        "sp": Case("learned", {"tensor": 2, "sequence": True}, "zero1", {"loss": {"z_loss": 1e-2, "label_smoothing": 0.1}}),
+        "sp_qk": Case("qk_norm", {"tensor": 2, "sequence": True}, "dp", {"activations": {"kind": "recompute"}}),
+        "ring": Case("window", {"context": {"kind": "ring", "size": 2}}, "pp"),
+        "ulysses": Case("gqa", {"context": {"kind": "ulysses", "size": 2}}, "dp"),
+        "pp": Case("window", {"pipeline": {"kind": "1f1b", "stages": 2}}, "ring", {"activations": {"kind": "recompute", "blocks": 2}}),
+        "zb": Case("learned", {"pipeline": {"kind": "zero_bubble", "stages": 2}}, "zero2", {"loss": {"z_loss": 1e-2}}),
+        "muon": Case("gqa", {"shard": 2, "zero": "gradients"}, "dp", {"optim__method": {"kind": "muon"}}),
+    },
+    4: {
+        "dp_tp": Case("gqa", {"replicate": 2, "tensor": 2, "sequence": True}, "hybrid2", steps=20),
+        "hybrid2": Case("gqa", {"replicate": 2, "shard": 2, "zero": "gradients"}, "zero3_tp"),
+        "hybrid3": Case("learned", {"replicate": 2, "shard": 2, "zero": "parameters"}, "zero2_tp"),
+        "zero2_tp": Case("learned", {"shard": 2, "zero": "gradients", "tensor": 2, "sequence": True}, "hybrid3"),
+        "dp_pp": Case("gqa", {"shard": 2, "zero": "optimizer", "pipeline": {"kind": "gpipe", "stages": 2}}, "tp_pp", steps=20),
+        "tp_pp": Case("learned", {"tensor": 2, "sequence": True, "pipeline": {"kind": "zero_bubble", "stages": 2}}, "dp_pp"),
+        "tp_cp": Case("gqa", {"tensor": 2, "sequence": True, "context": {"kind": "ring", "size": 2}}, "cp_pp"),
+        "cp_pp": Case("gqa", {"context": {"kind": "ulysses", "size": 2}, "pipeline": {"kind": "1f1b", "stages": 2}}, "tp_cp"),
+        "zero3_tp": Case("gqa", {"shard": 2, "zero": "parameters", "tensor": 2}, "dp_tp"),
+    },
+}
+
+
+def documents(num: int) -> tuple[list[list[int]], list[list[bool]]]:
+    """Of unequal length, and not all of each trained."""
+    found = tiny.documents(*LENGTHS[:num])
+    return found, [[(i + j) % 3 != 0 for j in range(len(d) - 1)] for i, d in enumerate(found)]
+
+
+def step(case: Case, mesh: Mesh, num_micros: int) -> Step:
+    """The part of a data rank: four documents."""
+    texts, trained = documents(4 * case.mesh.get("replicate", 1) * case.mesh.get("shard", 1))
+    count = len(texts) // mesh.data.size
+    mine = range(mesh.data.rank * count, (mesh.data.rank + 1) * count)
+    size = count // num_micros
+    groups = [mine[i : i + size] for i in range(0, count, size)]
+    batches = [runs.batch(*(texts[i] for i in group), trained=[trained[i] for i in group]) for group in groups]
+    return Step(tuple(batches), {}, sum(map(len, texts)) - len(texts))
+
+
+def make(folder: Path, case: Case, mesh: Mesh) -> Trainer:
+    loaded = tiny.build(case.kind)
+    loaded.model.requires_grad_(True)
+    return Trainer(
+        runs.recipe(folder, parallel=mesh.config.model_dump(), batch__tokens=512, steps=100, **case.changes),
+        loaded,
+        torch.device("cpu"),
+        mesh,
+    )
+
+
+def gradients(trainer: Trainer, mesh: Mesh, work: Step) -> dict[str, Tensor]:
+    """Whole, on rank 0."""
+    ranks = trainer._ranks
+    (weight,) = ranks.total(of_tokens=(sum(batch.weight for batch in work.batches),))
+    loss, z = trainer._gradients(work.batches, weight)
+    grads = ranks.collect(1.0)
+    loss, z, norms = ranks.norms(grads, loss, z)
+    whole = {name: x.clone() for name, x in grads.items()} if mesh.num_ranks == 1 else ranks.gathered(grads)
+    ranks.gradients.spread()
+    return {**whole, "loss": torch.tensor(loss), "norm": torch.tensor(list(norms.values())).norm()}
+
+
+def outcome(folder: Path, case: Case, mesh: Mesh) -> tuple[Trainer, dict[str, Any]]:
+    trainer = make(folder, case, mesh)
+    found: dict[str, Any] = {"before": weights(trainer)}
+    for num_micros in (1, 4):
+        found[f"gradients{num_micros}"] = gradients(trainer, mesh, step(case, mesh, num_micros))
+    reports = [trainer.learn(step(case, mesh, 4 if number % 5 == 0 else 1)) for number in range(case.steps)]
+    found["losses"] = torch.tensor([report.loss for report in reports])
+    found["norms"] = torch.tensor([report.norm for report in reports])
+    found["actions"] = [report.action for report in reports]
+    found["trained"] = [report.num_trained for report in reports]
+    found["flops"] = [report.flops for report in reports]
+    found["validation"] = trainer.validate(list(step(case, Mesh(), 4).batches)[:3])
+    found["fault"] = fault(trainer, mesh, step(case, mesh, 1))
+    found["weights"], found["state"] = weights(trainer), trainer.state_dict()
+    return trainer, found
+
+
+def fault(trainer: Trainer, mesh: Mesh, work: Step) -> list[str]:
+    """What all ranks do with a step in which one of them computes NaN."""
+    nans = trainer._model.norm.register_forward_hook(lambda _, __, x_TD: x_TD * float("nan"))
+    if mesh.rank != mesh.num_ranks - 1:
+        nans.remove()
+    report = trainer.learn(work)
+    nans.remove()
+    actions: list[Any] = [None] * mesh.num_ranks
+    if mesh.num_ranks == 1:
+        return [f"{report.action}: {report.reason}"]
+    dist.all_gather_object(actions, f"{report.action}: {report.reason}")
+    return actions
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.whole().model.named_parameters()}
+
+
+def again(folder: Path, case: Case, mesh: Mesh, found: dict[str, Any]) -> dict[str, Any]:
+    """What is saved by a trainer that was given what another saved."""
+    box = [found]
+    dist.broadcast_object_list(box, src=0)
+    trainer = make(folder, case, mesh)
+    other = tiny.build(case.kind)
+    other.model.load_state_dict(box[0]["weights"], strict=False)
+    trainer.roll_back(box[0]["state"], other)
+    return {"weights": weights(trainer), "optimizer": trainer.state_dict()["optimizer"]}
+
+
+def work(rank: int, num_ranks: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    optimizer.STRETCH = data.STRETCH = optimizer.LEAST_FOR_INT8 = STRETCH
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+    cases = CASES[num_ranks]
+    meshes = {}
+    for name, case in cases.items():
+        config = ParallelConfig.parse(case.mesh)
+        devices = init_device_mesh("cpu", tuple(config.sizes.values()), mesh_dim_names=tuple(config.sizes))
+        meshes[name] = Mesh(config, devices, rank)
+    for name, case in cases.items():
+        _, found = outcome(folder, case, meshes[name])
+        found["again"] = again(folder, case, meshes[case.onto], found)
+        if rank == 0:
+            _, found["alone"] = outcome(folder, case, Mesh())
+            torch.save(found, folder / f"{name}.pt")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def fork(num_ranks: int, rank_work: Callable[[int], None]) -> list[int]:
+    """The exit statuses of so many processes."""
+    children = []
+    for rank in range(num_ranks):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                rank_work(rank)
+                code = 0
+            except SystemExit as exit_:
+                code = int(exit_.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def main(folder: Path, num_ranks: int) -> None:
+    runs.values(folder)
+    port = free_port()
+    statuses = fork(num_ranks, lambda rank: work(rank, num_ranks, port, folder))
+    sys.exit(max(map(abs, statuses)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
