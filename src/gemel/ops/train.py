@@ -11,7 +11,7 @@ T tokens, D model width, E output width, N query heads, K key/value heads, M hea
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gemel.ops import activation, hardware, head, norm, rotary, triton
 from gemel.ops.causal import attention
-from gemel.ops.cpu import autograd, training
+from gemel.ops.cpu import autograd
 from gemel.ops.cpu.autograd import fit
 
 
@@ -167,23 +167,11 @@ def adamw(tensors: Sequence[Moved], *, rate: float, betas: tuple[float, float], 
     """One step of AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) over all tensors, in place; steps count from 1.
 
     Weights are fp32, or bf16 as the rounded images of their masters. Gradients, fp32 or bf16, are multiplied with `gradient_scale` on the
-    way, which is where clipping costs nothing.
+    way, which is where clipping costs nothing. On GPUs in one launch; on CPUs `adamw.step` does it, on numbers as they are stored.
     """
-    if tensors and all(_movable(one, triton.takes) for one in tensors):
+    if tensors and all(map(_movable, tensors)):
         return triton.adamw(tensors, rate=rate, betas=betas, eps=eps, step=step, gradient_scale=gradient_scale)
-    kernels = training.kernels() if all(_movable(one, fit) for one in tensors) else None
-    if kernels is None:
-        return adamw_reference(tensors, rate=rate, betas=betas, eps=eps, step=step, gradient_scale=gradient_scale)
-    parts = [
-        training.AdamWPart(
-            *(one.weight.numel(), one.weight.data_ptr(), None if one.master is None else one.master.data_ptr(), one.gradient.data_ptr()),
-            *(one.first.data_ptr(), one.second.data_ptr()),
-            *(training.FORMATS[one.weight.dtype], training.FORMATS[one.gradient.dtype], one.decay),
-        )
-        for one in tensors
-    ]
-    kernels.adamw(training.AdamW(rate, *betas, eps, gradient_scale, step), parts)
-    return None
+    return adamw_reference(tensors, rate=rate, betas=betas, eps=eps, step=step, gradient_scale=gradient_scale)
 
 
 def adamw_reference(
@@ -202,7 +190,7 @@ def adamw_reference(
                 weight.copy_(master)
 
 
-def _movable(one: Moved, fit: Callable[..., object]) -> bool:
+def _movable(one: Moved) -> bool:
     wide = [one.first, one.second] + ([one.weight] if one.master is None else [one.master])
     shaped = all(tensor.is_contiguous() and tensor.shape == one.weight.shape for tensor in (*wide, one.weight, one.gradient))
-    return shaped and one.first.dtype == torch.float32 and bool(fit(*wide) and fit(one.weight) and fit(one.gradient))
+    return shaped and one.first.dtype == torch.float32 and triton.takes(*wide) and triton.takes(one.weight) and triton.takes(one.gradient)

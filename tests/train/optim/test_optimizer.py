@@ -11,7 +11,9 @@ from torch import nn
 
 from gemel.config.errors import CheckpointError, ConfigError
 from gemel.config.optim import Muon, OptimConfig, Precision, WeightStorage
+from gemel.ops.cpu import training
 from gemel.train.optim import build
+from gemel.train.optim.method import At
 from tests.tolerance import RELATIVE, assert_close
 from tests.train.optim.problem import METHODS, SHAPES, Problem, combinations, config
 
@@ -68,6 +70,26 @@ def test_bf16_weights_with_their_halves_move_as_fp32_ones(method: str) -> None:
         optimizer.step(1e-3)
     for name, parameter in halved.parameters.items():
         assert torch.equal(parameter, plain[name].bfloat16()), name
+
+
+@pytest.mark.skipif(training.kernels() is None, reason="the kernels are not compiled")
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+@pytest.mark.parametrize("weights", ["fp32", "master", "stochastic"])
+def test_the_native_step_is_the_plain_one(state: Precision, weights: WeightStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With decay, L1, and the same draws where numbers are rounded at random."""
+    native, plain = Problem(config(state=state, weights=weights)), Problem(config(state=state, weights=weights))
+    assert native.optimizer._members[0]._update_stored(At(0.0, 0.0, 1), torch.zeros(80 * 65), 0, 80 * 65)
+    native.run(0, 5)
+    monkeypatch.setattr(training, "kernels", lambda: None)
+    assert not plain.optimizer._members[0]._update_stored(At(0.0, 0.0, 1), torch.zeros(80 * 65), 0, 80 * 65)
+    plain.run(0, 5)
+    row = "fp32_reorder" if (state, weights) == ("fp32", "fp32") else "bf16_reorder"
+    for name, x in native.weights().items():
+        assert_close(x, plain.parameters[name], row)
+        assert (x == plain.parameters[name]).float().mean() > 0.9  # a rare last bit apart
+    for name, x in native.optimizer.state_dict().items():
+        if not name.endswith("low"):  # what a last bit is apart in the weight is everything there
+            assert_close(x, plain.optimizer.state_dict()[name], row)
 
 
 def test_stochastic_weights_get_there_where_nearest_ones_stand_still() -> None:

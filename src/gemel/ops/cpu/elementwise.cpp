@@ -157,47 +157,6 @@ void swiglu_row_back(const gemel_swiglu& job, int row) {
     }
 }
 
-// --- AdamW --------------------------------------------------------------------------------------------------------------------------
-
-constexpr int kNumbersAtOnce = 1 << 14;
-
-inline f32 rounded(double x) { return set1(static_cast<float>(x)); }
-
-struct Adam {
-    Adam(const gemel_adamw& how, double decay)
-        : keep(rounded(1.0 - how.rate * decay)), rest1(rounded(1.0 - how.beta1)), beta2(rounded(how.beta2)), rest2(rounded(1.0 - how.beta2)),
-          root(rounded(std::sqrt(1.0 - std::pow(how.beta2, how.step)))), eps(rounded(how.eps)),
-          step(rounded(how.rate / (1.0 - std::pow(how.beta1, how.step)))), scale(rounded(how.gradient_scale)) {}
-
-    // One vector: the weight that was, its gradient and moments; returns the weight that is to be.
-    f32 move(f32 weight, f32 gradient, f32& first, f32& second) const {
-        const f32 g = mul(gradient, scale);
-        first = fma(rest1, sub(g, first), first);
-        second = fma(mul(rest2, g), g, mul(beta2, second));
-        return sub(mul(weight, keep), mul(step, div(first, add(div(sqrt(second), root), eps))));
-    }
-
-    const f32 keep, rest1, beta2, rest2, root, eps, step, scale;
-};
-
-// Numbers [begin, end) of one tensor.
-template <class Weight, class Gradient>
-void adamw(const gemel_adamw& how, const gemel_adamw_part& part, int64_t begin, int64_t end) {
-    const Adam adam(how, part.decay);
-    Weight* const weight = static_cast<Weight*>(part.weight);
-    const Gradient* const gradient = static_cast<const Gradient*>(part.gradient);
-    for (int64_t i = begin; i < end; i += W) {
-        const int left = static_cast<int>(std::min<int64_t>(W, end - i));
-        f32 first = load_some(part.first + i, left), second = load_some(part.second + i, left);
-        const f32 before = part.master ? load_some(part.master + i, left) : load_some(weight + i, left);
-        const f32 after = adam.move(before, load_some(gradient + i, left), first, second);
-        store_some(part.first + i, first, left);
-        store_some(part.second + i, second, left);
-        if (part.master) store_some(part.master + i, after, left);
-        store_some(weight + i, after, left);
-    }
-}
-
 }  // namespace
 }  // namespace gemel
 
@@ -229,30 +188,6 @@ void gemel_swiglu_run(gemel_workshop* workshop, const gemel_swiglu* job) {
                                            : (job->format == GEMEL_BF16 ? swiglu_row<bf16> : swiglu_row<float>);
     by_rows(*reinterpret_cast<Workshop*>(workshop), job->num_rows, [job, row_of_kind](int first, int end, int) {
         for (int row = first; row < end; row++) row_of_kind(*job, row);
-    });
-}
-
-void gemel_adamw_step(gemel_workshop* workshop, const gemel_adamw* how, int32_t num_parts, const gemel_adamw_part* parts) {
-    using namespace gemel;
-    Workshop& shop = *reinterpret_cast<Workshop*>(workshop);
-    struct Run {
-        const gemel_adamw_part* part;
-        int64_t begin, end;
-    };
-    std::vector<Run> runs;
-    for (int i = 0; i < num_parts; i++) {
-        for (int64_t begin = 0; begin < parts[i].count; begin += kNumbersAtOnce) {
-            runs.push_back({parts + i, begin, std::min(parts[i].count, begin + kNumbersAtOnce)});
-        }
-    }
-    shop.team.run(1, [&](int rank) {
-        shop.team.share(rank, static_cast<int>(runs.size()), [&](int item, int) {
-            const Run& run = runs[static_cast<size_t>(item)];
-            const bool narrow = run.part->weight_format == GEMEL_BF16, narrow_gradient = run.part->gradient_format == GEMEL_BF16;
-            const auto move = narrow ? (narrow_gradient ? adamw<bf16, bf16> : adamw<bf16, float>)
-                                     : (narrow_gradient ? adamw<float, bf16> : adamw<float, float>);
-            move(*how, *run.part, run.begin, run.end);
-        });
     });
 }
 

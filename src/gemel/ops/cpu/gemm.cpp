@@ -9,6 +9,9 @@ namespace gemel {
 namespace {
 
 constexpr int64_t kSweepBytes = 8 << 20;  // of panels that lie ready at a time, a part of a last-level cache
+constexpr int kBlockBytes = 320 << 10;    // of a block of the left factor; longer ones go through in parts, lest they leave the second-level
+constexpr int kPartBytes = 128 << 10;     // cache; and the sums of a run of panels stay there meanwhile
+constexpr int kRunBytes = 256 << 10;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -87,12 +90,17 @@ class Product {
         packed_ = shop_.shared[0].take<P>(sweep * panel_size_);
         // A few pieces for each thread, so that a slow one does not keep the others waiting.
         const int down = static_cast<int>(divide_up(m_, kBlockRows)), wanted = static_cast<int>(divide_up(6 * shop_.team.threads(), down));
-        const int run = static_cast<int>(divide_up(divide_up(sweep, wanted), kBlockPanels)) * kBlockPanels;
+        const bool whole = k_ * kBlockRows * static_cast<int64_t>(sizeof(P)) <= kBlockBytes;
+        part_ = whole ? k_ : kPartBytes / kBlockRows / static_cast<int>(sizeof(P)) / 64 * 64;
+        const int64_t longest = whole ? sweep : kRunBytes / (kBlockRows * NR * sizeof(float));
+        const int64_t even = divide_up(sweep, std::max<int64_t>(wanted, divide_up(sweep, longest)));
+        const int run = static_cast<int>(divide_up(even, kBlockPanels)) * kBlockPanels;
+        at_once_ = whole ? kBlockPanels : run;
         shop_.team.run(2 * sweeps, [&](int rank) {
             for (int first = 0; first < panels; first += sweep) {
                 const int end = std::min(first + sweep, panels), across = static_cast<int>(divide_up(end - first, run));
                 shop_.team.share(rank, end - first, [&](int item, int) { pack_panel(first + item, packed_ + item * panel_size_); });
-                int packed_row = -1;  // the block that this thread has packed
+                int packed_row = -1;  // the block that this thread has packed whole
                 shop_.team.share(rank, down * across, [&](int item, int me) {
                     const int row = item / across * kBlockRows, panel = item % across * run;
                     piece(row, first, panel, std::min(panel + run, end - first), me, packed_row);
@@ -114,21 +122,26 @@ class Product {
     // Rows from `row` on times panels [begin, end) of the sweep that starts at panel `first`.
     void piece(int row, int first, int begin, int end, int me, int& packed_row) const {
         const int rows = std::min(kBlockRows, m_ - row);
-        const int64_t ld = spread(k_), block_size = ld * kBlockRows;
-        P* const block = shop_.own[static_cast<size_t>(me)].take<P>(block_size + kBlockSums * sizeof(float) / sizeof(P));
+        const int64_t ld = spread(part_), block_size = ld * kBlockRows, num_sums = int64_t{at_once_} * kBlockRows * NR;
+        P* const block = shop_.own[static_cast<size_t>(me)].take<P>(block_size + num_sums * sizeof(float) / sizeof(P));
         float* const sums = reinterpret_cast<float*>(block + block_size);
-        if (packed_row != row) {
-            if (a_turned_) {
-                turn_rows(a_ + row, lda_, rows, k_, block, ld);
-            } else {
-                pack_rows(a_ + row * lda_, lda_, rows, k_, block, ld);
+        for (int p = begin; p < end; p += at_once_) {
+            const int panels = std::min(at_once_, end - p);
+            for (int from = 0; from < k_; from += part_) {
+                const int count = std::min(part_, k_ - from);
+                if (packed_row != row) pack_block(row, rows, from, count, block, ld);
+                packed_row = count == k_ ? row : -1;
+                multiply(block, ld, rows, packed_ + p * panel_size_ + int64_t{from} * NR, panel_size_, panels, padded<P>(count), sums, from > 0);
             }
-            packed_row = row;
-        }
-        for (int p = begin; p < end; p += kBlockPanels) {
-            const int panels = std::min(kBlockPanels, end - p);
-            multiply(block, ld, rows, packed_ + p * panel_size_, panel_size_, panels, padded<P>(k_), sums, false);
             for (int i = 0; i < panels; i++) finish(row, rows, (first + p + i) * NR, sums + i * kBlockRows * NR);
+        }
+    }
+
+    void pack_block(int row, int rows, int from, int count, P* block, int64_t ld) const {
+        if (a_turned_) {
+            turn_rows(a_ + from * lda_ + row, lda_, rows, count, block, ld);
+        } else {
+            pack_rows(a_ + row * lda_ + from, lda_, rows, count, block, ld);
         }
     }
 
@@ -154,6 +167,7 @@ class Product {
     const bool add_;
     const int64_t panel_size_;
     P* packed_ = nullptr;
+    int part_ = 0, at_once_ = 0;  // of k; of panels
 };
 
 }  // namespace

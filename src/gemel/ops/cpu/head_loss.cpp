@@ -77,8 +77,8 @@ class HeadLoss {
                     });
                     if (!job_.d_hidden) continue;
                     const int across = divide_up(columns_, kBlockPanels);
-                    shop_.team.share(rank, divide_up(count_, kBlockRows) * across, [&](int item, int) {
-                        add_hidden(begin, end, item / across * kBlockRows, item % across * kBlockPanels);
+                    shop_.team.share(rank, divide_up(count_, kBlockRows) * across, [&](int item, int me) {
+                        add_hidden(begin, end, item / across * kBlockRows, item % across * kBlockPanels, me);
                     });
                 }
                 if (job_.d_hidden) shop_.team.share(rank, count_, [&](int token, int) { write_hidden(token); });
@@ -254,11 +254,15 @@ class HeadLoss {
 
     float* hidden_sums(int token, int column) { return sums_ + (int64_t{token / kBlockRows} * columns_ + column) * kBlockRows * NR; }
 
-    // What the vocabulary of blocks [begin, end) adds to the gradient of some tokens' numbers.
-    void add_hidden(int begin, int end, int token, int column) {
-        const int rows = std::min(end * kBlockRows, job_.vocab) - begin * kBlockRows;
+    // What the vocabulary of blocks [begin, end) adds to the gradient of some tokens' numbers. A sum of its own: one over all of a vocabulary,
+    // number by number, would lose three digits.
+    void add_hidden(int begin, int end, int token, int column, int me) {
+        const int rows = std::min(end * kBlockRows, job_.vocab) - begin * kBlockRows, panels = std::min(kBlockPanels, columns_ - column);
+        float *const to = hidden_sums(token, column), *const sums = begin ? shop_.own[static_cast<size_t>(me)].take<float>(kBlockSums) : to;
         multiply(slopes_ + token * chunk_ld(), chunk_ld(), std::min(kBlockRows, count_ - token), panels_ + column * panel_size(), panel_size(),
-                 std::min(kBlockPanels, columns_ - column), padded<P>(rows), hidden_sums(token, column), begin > 0);
+                 panels, padded<P>(rows), sums, false);
+        if (!begin) return;
+        for (int i = 0; i < panels * kBlockRows * NR; i += W) store(to + i, add(load(to + i), load(sums + i)));
     }
 
     void write_hidden(int token) {

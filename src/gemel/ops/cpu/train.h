@@ -104,20 +104,26 @@ typedef struct {
 } gemel_swiglu;
 GEMEL_API void gemel_swiglu_run(gemel_workshop* workshop, const gemel_swiglu* job);
 
-/* One tensor of an AdamW step. Where there is a master copy in fp32, that is what moves, and the weight is its rounded image. */
+/* Flat numbers as an optimizer stores them: fp32; bf16 with the lower halves of the fp32 numbers in `low`; or bf16 rounded at random. */
+typedef struct {
+    void* data;
+    int16_t* low; /* or null */
+    int32_t format, reserved;
+    uint32_t mix[2]; /* number i is rounded with the upper half of (table[i] ^ mix[0]) * mix[1] */
+} gemel_stored;
+
+/* A stretch of one parameter, with the moments of its gradient. */
 typedef struct {
     int64_t count;
-    void* weight;
-    float* master; /* null if the weight is fp32 itself */
+    gemel_stored weight, first, second;
     const void* gradient;
-    float *first, *second; /* moments */
-    int32_t weight_format, gradient_format;
-    double decay; /* of weights, per unit of the rate */
+    int32_t gradient_format, reserved;
 } gemel_adamw_part;
+
+/* weight = keep weight - step first / (sqrt(second) / root + eps), then up to `shrink` nearer to zero. */
 typedef struct {
-    double rate, beta1, beta2, eps;
-    double gradient_scale; /* gradients are multiplied with it */
-    int64_t step;          /* from 1 */
+    float keep, rest1, beta2, rest2, root, eps, step, shrink; /* rest1 = 1 - beta1, rest2 = 1 - beta2 */
+    const int32_t* table; /* as many as the longest part has numbers */
 } gemel_adamw;
 GEMEL_API void gemel_adamw_step(gemel_workshop* workshop, const gemel_adamw* how, int32_t num_parts, const gemel_adamw_part* parts);
 

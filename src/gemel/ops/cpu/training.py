@@ -9,7 +9,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Sequence
-from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_uint32, c_void_p
 
 import torch
 from torch import Tensor
@@ -83,20 +83,26 @@ class SwiGLU(Structure):
     ]
 
 
+class Stored(Structure):
+    """gemel_stored."""
+
+    _fields_ = [("data", c_void_p), ("low", c_void_p), ("format", c_int32), ("reserved", c_int32), ("mix", c_uint32 * 2)]
+
+
 class AdamWPart(Structure):
     """gemel_adamw_part."""
 
     _fields_ = [
         ("count", c_int64),
-        *((name, c_void_p) for name in ("weight", "master", "gradient", "first", "second")),
-        *(("weight_format", c_int32), ("gradient_format", c_int32), ("decay", c_double)),
+        *((name, Stored) for name in ("weight", "first", "second")),
+        *(("gradient", c_void_p), ("gradient_format", c_int32), ("reserved", c_int32)),
     ]
 
 
 class AdamW(Structure):
     """gemel_adamw."""
 
-    _fields_ = [*((name, c_double) for name in ("rate", "beta1", "beta2", "eps", "gradient_scale")), ("step", c_int64)]
+    _fields_ = [*((name, c_float) for name in ("keep", "rest1", "beta2", "rest2", "root", "eps", "step", "shrink")), ("table", c_void_p)]
 
 
 # name: (result, arguments)

@@ -27,7 +27,7 @@ def key(*parts: int | str) -> int:
 def sixteen_bits(key: int, num: int, device: torch.device) -> Tensor:
     """`num` integers (int32, at most `TABLE` of them) uniform in [0, 2**16)."""
     first, second = _signed(key >> 32), _signed(key | 1)
-    return _table(device)[:num].bitwise_xor(first).mul_(second).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    return table(device)[:num].bitwise_xor(first).mul_(second).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
 def _signed(word: int) -> int:
@@ -37,8 +37,11 @@ def _signed(word: int) -> int:
 
 
 @functools.cache
-def _table(device: torch.device) -> Tensor:
-    """Hashed integers: two rounds of the 32-bit finalizer of MurmurHash3 (Appleby 2011), in int64 so that shifts bring in zeros."""
+def table(device: torch.device) -> Tensor:
+    """`TABLE` hashed integers (int32), of which draws are made.
+
+    Two rounds of the 32-bit finalizer of MurmurHash3 (Appleby 2011), in int64 so that shifts bring in zeros.
+    """
     x = torch.arange(1, TABLE + 1, dtype=torch.int64)
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gemel.config.errors import CheckpointError, ConfigError
 from gemel.config.optim import SGD, Adafactor, AdamW, Lion, Muon, OptimConfig
+from gemel.ops.adamw import Part
 from gemel.train.offload import Home, Homes
 from gemel.train.optim import adafactor, adamw, lion, muon, noise, sgd
 from gemel.train.optim.method import At, Method, Slot
@@ -52,6 +53,8 @@ class Member:
         """Move the piece of the weights that begins at `start` along its gradient."""
         assert self.parameter.grad is not None
         flat, stop = self.parameter.grad.detach().reshape(-1), min(start + self.piece, self.parameter.numel())
+        if self._update_stored(at, flat, start, stop):
+            return
         for begin in range(start, stop, self._stretch):
             self._update(at, flat[begin : min(begin + self._stretch, stop)].float(), begin)
 
@@ -87,7 +90,23 @@ class Member:
         if self.settings.l1:
             w.copy_(torch.nn.functional.softshrink(w, at.lr * self.settings.l1))
         for number, (store, x) in enumerate(zip((self._weight, *self._state), (w, *state), strict=True)):
-            store.write(start, x.view(-1), noise.key(self._seed, self.name, at.step, number, self._start + start))
+            store.write(start, x.view(-1), self._key(at, number, start))
+
+    def _update_stored(self, at: At, g: Tensor, start: int, stop: int) -> bool:
+        """All of a piece in one native pass, if method and stores have one."""
+        stores = [store for store in (self._weight, *self._state) if isinstance(store, Plain | Halved | Rounded)]
+        if not isinstance(self.method, adamw.AdamW) or len(stores) < 1 + len(self._state):
+            return False
+        parts = []
+        for begin in range(start, stop, self._stretch):
+            end = min(begin + self._stretch, stop)
+            weight, first, second = (store.stored(begin, end, self._key(at, number, begin)) for number, store in enumerate(stores))
+            parts.append(Part(weight, g[begin:end], first, second))
+        return self.method.update_stored(parts, at, self.settings.l1)
+
+    def _key(self, at: At, number: int, start: int) -> int:
+        """Decides how what is stored is rounded: number 0 is the weight, then come the slots."""
+        return noise.key(self._seed, self.name, at.step, number, self._start + start)
 
     def kept(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint needs, in the shapes of what they belong to where they have as many elements."""

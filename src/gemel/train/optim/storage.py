@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemel.ops.adamw import Stored
 from gemel.train.optim import dynamic, noise
 
 Allocate = Callable[[str, int, torch.dtype], Tensor]  # name, elements, type: zeros
@@ -53,6 +54,10 @@ class Plain:
     def write(self, start: int, x: Tensor, key: int) -> None:
         """Nothing."""
 
+    def stored(self, start: int, stop: int, key: int) -> Stored:  # noqa: ARG002
+        """For an optimizer that reads and writes in one pass."""
+        return Stored(self._data[start:stop])
+
 
 class Halved:
     """bf16 weights and, apart from them, the lower halves of their fp32 patterns.
@@ -64,7 +69,7 @@ class Halved:
     """
 
     def __init__(self, data: Tensor, low: Tensor):
-        self._high, self._low = data.view(torch.int16), low
+        self._data, self._high, self._low = data, data.view(torch.int16), low
         self.kept = {"low": low}
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -77,6 +82,10 @@ class Halved:
         stop, bits = start + x.numel(), x.view(torch.int32)
         self._high[start:stop] = (bits + 0x8000).bitwise_right_shift_(16)
         self._low[start:stop] = bits  # narrowing keeps the lower 16 bits
+
+    def stored(self, start: int, stop: int, key: int) -> Stored:  # noqa: ARG002
+        """For an optimizer that reads and writes in one pass."""
+        return Stored(self._data[start:stop], low=self._low[start:stop])
 
 
 class Rounded:
@@ -100,6 +109,10 @@ class Rounded:
             bits = x[at : at + noise.TABLE].view(torch.int32)
             drawn = noise.sixteen_bits(noise.key(key, at), bits.numel(), bits.device)
             self._data[start + at : start + at + bits.numel()].view(torch.int16).copy_(drawn.add_(bits).bitwise_right_shift_(16))
+
+    def stored(self, start: int, stop: int, key: int) -> Stored:
+        """For an optimizer that reads and writes in one pass, of a stretch of at most `noise.TABLE` elements."""
+        return Stored(self._data[start:stop], key=noise.key(key, 0))
 
 
 class Blocks:
