@@ -27,6 +27,13 @@ def four_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
 
 
+def test_the_maker_of_the_processor(tmp_path: Path) -> None:
+    text = "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nvendor_id\t: other"
+    root = tree(tmp_path, {"proc/cpuinfo": text})
+    assert (hardware.vendor(root), hardware.cpu_name(root)) == ("AuthenticAMD", "AMD EPYC")
+    assert hardware.vendor(tmp_path / "nowhere") == ""
+
+
 def siblings(*lists: str) -> dict[str, str]:
     return {f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list": text for cpu, text in enumerate(lists)}
 

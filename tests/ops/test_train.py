@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemel.ops import activation, alibi_slopes, head, norm, rotary, train
+from gemel.ops import activation, alibi_slopes, hardware, head, norm, rotary, train
 from gemel.ops.cpu import training
 from tests.tolerance import assert_close
 
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(training.kernels() is None, reason="the kernels 
 
 Operation = Callable[..., Any]
 ROWS = {torch.float32: "fp32_reorder", torch.bfloat16: "bf16_reorder"}
+PRODUCTS_ARE_NATIVE = train.products_are_native
 STARTS = (0, 1, 98, 99, 300, 307)  # documents of one token, of a block and one, of two blocks and some, and a short one
 
 
@@ -340,6 +341,21 @@ def test_native_versions_are_chosen_where_they_fit(monkeypatch: pytest.MonkeyPat
     assert not natively(lambda: torch.compile(normed, backend="eager", fullgraph=True)(x), monkeypatch)
     with torch.no_grad():  # there is no faster one for inference
         assert natively(lambda: train.packed_attention(x[:, None], x[:, None], x[:, None], (0, 5)), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "isa", "fp32", "bf16"),
+    [
+        ("AuthenticAMD", ("avx2",), False, True),
+        ("AuthenticAMD", ("avx2", "avx512f", "avx512_bf16"), True, False),
+        ("GenuineIntel", ("avx2", "avx512f", "avx512_bf16"), False, False),
+    ],
+)
+def test_products_are_whose_is_faster(vendor: str, isa: tuple[str, ...], fp32: bool, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "vendor", lambda: vendor)
+    monkeypatch.setattr(hardware, "isa", lambda *_: isa)
+    decide = PRODUCTS_ARE_NATIVE.__wrapped__
+    assert (decide(torch.float32), decide(torch.bfloat16), decide(torch.float64)) == (fp32, bf16, False)
 
 
 def test_only_what_is_trained_gets_a_gradient() -> None:
