@@ -77,13 +77,14 @@ def _run(
 ) -> Result:
     with mesh.in_turn():
         _check_shared(recipe, mesh)
+        _check_recipe(recipe)
         preparation = Preparation(recipe, progress, progress.quiet, prepared)
         tokenizer = preparation.tokenizer()
         training, validation = preparation.sources(tokenizer)
     with Checkpoints(recipe.out, recipe.save, tokenizer, mesh) as checkpoints:
         found = checkpoints.latest()
         with mesh.in_turn():
-            _write_recipe(recipe, found, mesh)
+            _write_recipe(recipe, mesh)
         trainer = Trainer(recipe, _model(recipe, tokenizer, found), device, mesh)
         loader = Loader(training, recipe.batch, mesh.data.rank, mesh.data.size)
         num_bytes = 0 if found is None else found.state["metrics_bytes"]
@@ -167,18 +168,23 @@ def fresh(new: NewModel, seed: int, tokenizer: Tokenizer, dtype: torch.dtype = t
     return LoadedModel(model, config, Path(), tokenizer.eos_ids, tokenizer.bos_id, dtype)
 
 
-def _write_recipe(recipe: TrainRecipe, found: Found | None, mesh: Mesh) -> None:
-    """Keep the run's recipe; a run that goes on must be of the same."""
+def _check_recipe(recipe: TrainRecipe) -> None:
+    """A run that goes on must be of the same recipe. Asked before anything is prepared, or another run's data would be made anew."""
     path = recipe.out / RECIPE
-    if found is not None and path.exists():
+    if path.exists() and any((recipe.out / "state").glob("step-*")):
         before = config.load(path)
         if differences := list(manifest.differences("", before.what(), recipe.what())):
             raise ConfigError(
                 f"{recipe.out} holds a run of another recipe: {'; '.join(_some(differences))}. "
                 "Give another --output, or remove that folder to begin anew"
             )
+
+
+def _write_recipe(recipe: TrainRecipe, mesh: Mesh) -> None:
+    """Keep the run's recipe."""
     if not mesh.first:
         return
+    path = recipe.out / RECIPE
     draft = recipe.out / "work" / RECIPE
     draft.write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
     draft.replace(path)
