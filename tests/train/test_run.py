@@ -259,10 +259,13 @@ def test_a_run_needs_a_folder(tmp_path: Path) -> None:
         go(runs.recipe(tmp_path, out=str(tmp_path / "file")))
 
 
+SCRATCH = ("lock", "tmp", "work")  # locking clears what killed runs have left, which changes the folder it was in
+
+
 def test_another_recipe_is_refused_before_it_touches_anything(tmp_path: Path) -> None:
     go(runs.recipe(tmp_path))
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != "lock"}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name not in SCRATCH}
     other = runs.recipe(tmp_path, optim__lr=1.0, tokenizer={"kind": "pretrained", "path": str(tmp_path / "absent")})
     with pytest.raises(ConfigError, match=r"another recipe: .*optim\.lr was 0\.01 and is 1\.0.* Give another --output"):
         go(other)
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != "lock"}
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name not in SCRATCH}

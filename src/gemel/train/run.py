@@ -76,8 +76,8 @@ def _run(
     prepared: Path | None,
 ) -> Result:
     with mesh.in_turn():
-        _check_shared(recipe, mesh)
         _check_recipe(recipe)
+        _check_shared(recipe, mesh)
         preparation = Preparation(recipe, progress, progress.quiet, prepared)
         tokenizer = preparation.tokenizer()
         training, validation = preparation.sources(tokenizer)
@@ -99,6 +99,8 @@ def _run(
 def _check_shared(recipe: TrainRecipe, mesh: Mesh) -> None:
     """Rank 0 leaves a sign in the run's folder for the others to find."""
     sign = recipe.out / "work" / "shared"
+    if mesh.num_ranks == 1:
+        return
     if mesh.first:
         sign.parent.mkdir(exist_ok=True)
         sign.touch()
