@@ -63,12 +63,13 @@ def job(folder: Path, **changes: Any) -> dict[str, Any]:
     return made | {"settings": ()} | changes
 
 
-def test_steps_in_a_process_of_their_own_and_micro_batches_that_change_nothing() -> None:
-    work = train.Work("tiny", "fp32", num_sequences=4, num_warm_up=0, num_timed=2, num_rounds=1)
+def test_steps_in_a_process_of_their_own_and_micro_batches_that_change_nothing(tmp_path: Path) -> None:
+    work = train.Work("tiny", "fp32", num_sequences=4, num_warm_up=0, num_timed=2, num_rounds=1, out=tmp_path / "out.json")
     whole, parts = train.compare(work, (), [(), ("batch.micro_tokens=64",)], lambda _: None)
     assert len(whole.losses) == 2 and whole.losses[0] == pytest.approx(np.log(512), abs=0.3)
     assert parts.losses == pytest.approx(whole.losses, rel=1e-6)
     assert 50e6 < whole.rounds[0]["base_bytes"] < whole.peak_bytes < 5e9
+    assert [one["rounds"] for one in json.loads((tmp_path / "out.json").read_text())] == [whole.rounds, parts.rounds]
     summary = train.summary([whole], work)
     assert summary["tokens_per_step"] == 256 and summary["plan"]["tokens_per_s"] > 0
     json.dumps(summary | {"results": train.figures([whole, parts], work)})

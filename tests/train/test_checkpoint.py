@@ -13,6 +13,7 @@ import pytest
 import tomli_w
 import torch
 
+from gemel.config.errors import CheckpointError
 from gemel.config.train import SaveConfig
 from gemel.model.build import load
 from gemel.train.checkpoint import Checkpoints
@@ -114,7 +115,9 @@ def test_an_error_of_the_writer_is_raised(tmp_path: Path, monkeypatch: pytest.Mo
     store = checkpoints(tmp_path)
     monkeypatch.setattr("gemel.train.checkpoint.sync", lambda folders: fail(OSError("no space left on device")))
     store.save(1, tiny.build(), {})
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(
+        CheckpointError, match=r"the checkpoint of step 1 cannot be written to .*: no space left on device; make room there"
+    ):
         store.wait()
     assert store.latest() is None
     monkeypatch.undo()

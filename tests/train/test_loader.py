@@ -80,6 +80,17 @@ def test_epochs_are_shuffled_anew(shards: ShardDocuments) -> None:
     assert first != second and sorted(first) == sorted(second)
 
 
+def test_a_long_document_does_not_fill_a_batch(tmp_path: Path) -> None:
+    """One of half of all tokens, in eight steps of four sequences."""
+    long, rest = 16 * LENGTH + 1, [2 * LENGTH + 1] * 8
+    write(tmp_path / "0.tokens", [np.full(long, 1), *(np.full(size, 2) for size in rest)])
+    found = ShardDocuments(TokenShards.open(tmp_path))
+    counts = [
+        sum(int(token == 1) for batch in step.batches for token in batch.tokens_T) // LENGTH for step in islice(loader(source(found)), 8)
+    ]
+    assert sum(counts) >= 14 and max(counts) < 4  # without shuffling three or four steps have nothing else
+
+
 def test_micro_batches_and_ranks_only_cut(shards: ShardDocuments) -> None:
     whole = next(loader(source(shards)))
     halves = next(loader(source(shards), micro=2 * LENGTH))

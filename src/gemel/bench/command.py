@@ -126,6 +126,7 @@ OPTIONS = (
     Option("sequences", _count, None, ("train",), "sequences in a step (default: 8 of 512, 32 of 256, 4 of 64 tokens)"),
     Option("warm-up", _count, 1, ("train",), "steps of each process that are not timed"),
     Option("timed", _count, 2, ("train",), "steps of each process that are timed"),
+    Option("out", Path, None, ("train",), "keep here what each process says, as soon as it has said it", "FILE"),
     Option("through", str, "", ("train",), "start each process through this, as 'taskset -c 0,1'", "COMMAND"),
 )
 
@@ -263,7 +264,7 @@ def train(args: argparse.Namespace) -> int:
         raise ConfigError("--levers compares gemel with itself; leave --peer out")
     shape = bench.SHAPES[args.shape]
     counts = args.sequences or shape.num_sequences, args.warm_up, args.timed, args.repeat
-    work = bench.Work(args.shape, args.precision, *counts, args.through, args.peer_python)
+    work = bench.Work(args.shape, args.precision, *counts, args.through, args.peer_python, args.out)
     names = [] if args.levers is None else [name for name in args.levers.split(",") if name]
     levers = {} if args.levers is None else train_levers.chosen(names, shape.length)
     settings = tuple(args.settings)

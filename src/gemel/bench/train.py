@@ -82,7 +82,10 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is asked of every tool. `through` is a command that each process is started through (taskset, numactl, nice...)."""
+    """What is asked of every tool. `through` is a command that each process is started through (taskset, numactl, nice...).
+
+    `out` is a file for what every process has said, written anew after each: hours of measuring should survive an interruption.
+    """
 
     shape: str
     precision: str
@@ -92,6 +95,7 @@ class Work:
     num_rounds: int
     through: str = ""
     python: Path | None = None
+    out: Path | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -148,6 +152,8 @@ class Bench:
                 except subprocess.CalledProcessError as error:
                     said = [line for line in error.stderr.splitlines() if line.strip()]
                     result.error = said[-1] if said else f"exit status {error.returncode}"
+                if self._work.out:
+                    self._work.out.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
 
     def _round(self, result: Result) -> dict[str, Any]:
         work, threads = self._work, hardware.cores().usable
@@ -257,5 +263,6 @@ def summary(results: Sequence[Result], work: Work) -> dict[str, Any]:
     planned = {"tokens_per_s": work.num_tokens / median(each["planned_step_s"] for each in results[0].rounds)}
     planned |= {"peak_bytes": sum(said["planned_bytes"].values()), "bytes": said["planned_bytes"]}
     limits = {"peak_flops_per_s": peak, "read_bytes_per_s": max(each["read_bytes_per_s"] for each in results[0].rounds)}
-    setting = asdict(work) | {"python": work.python and str(work.python), "tokens_per_step": work.num_tokens}
+    paths = {"python": work.python and str(work.python), "out": work.out and str(work.out)}
+    setting = asdict(work) | paths | {"tokens_per_step": work.num_tokens}
     return setting | {"machine": asdict(machine.describe()), "limits": limits, "flops_per_step": said["flops"], "plan": planned}

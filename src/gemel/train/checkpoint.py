@@ -32,6 +32,7 @@ from typing import Any, Self
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gemel.config.errors import CheckpointError
@@ -135,6 +136,11 @@ class Checkpoints:
             if best:
                 self._link("best", step)
             self._prune()
+        except (OSError, SafetensorError) as error:
+            self._error = CheckpointError(
+                f"the checkpoint of step {step} cannot be written to {self._out}: {error}; make room there, and the same command goes on "
+                "from the one before it, which is whole"
+            )
         except BaseException as error:
             self._error = error
 

@@ -19,6 +19,8 @@ from itertools import islice
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+import numpy as np
+
 from gemel.config.errors import CheckpointError, ConfigError
 from gemel.config.train import BatchConfig, Packing
 from gemel.data import pack
@@ -93,8 +95,10 @@ class Source:
     def _packed(self, start: Position) -> Iterator[tuple[int, int, Packed]]:
         if self._packing == "cut":
             cut = Cut(self.documents, self._length, self._seed, start.epoch)
+            # Pieces of one long document must not fill a batch: what a step learns would be about that document.
+            order = np.random.default_rng([self._seed, start.epoch]).permutation(len(cut))
             for number in range(start.number, len(cut)):
-                yield 0, number, cut[number]
+                yield 0, number, cut[int(order[number])]
             return
         best = BestFit(self.documents, self._length, self._seed, start.epoch)
         for window in range(start.window, best.num_windows):
