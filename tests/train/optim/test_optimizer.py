@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,31 @@ def test_the_native_step_is_the_plain_one(state: Precision, weights: WeightStora
     for name, x in native.optimizer.state_dict().items():
         if not name.endswith("low"):  # what a last bit is apart in the weight is everything there
             assert_close(x, plain.optimizer.state_dict()[name], row)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("method", ["adamw", "lion"])
+def test_a_part_moves_by_the_bits_of_the_whole(method: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where numbers are rounded at random, and wherever a part begins within a stretch."""
+    monkeypatch.setattr("gemel.train.optim.optimizer.STRETCH", 256)
+    if not native:
+        monkeypatch.setattr(training, "kernels", lambda: None)
+    settings, generator = config(method, weights="stochastic", state="bf16"), torch.Generator().manual_seed(0)
+    whole = torch.randn(3000, generator=generator).bfloat16()
+    bounds = [0, 100, 700, 1024, 1500, 3000]
+    parts = [whole[a:b].clone() for a, b in pairwise(bounds)]
+    optimizers = [
+        build(settings, [("w", x.requires_grad_())], starts={"w": start}) for x, start in [(whole, 0), *zip(parts, bounds, strict=False)]
+    ]
+    for _ in range(3):
+        whole.grad = torch.randn(3000, generator=generator).bfloat16()
+        for part, (a, b) in zip(parts, pairwise(bounds), strict=True):
+            part.grad = whole.grad[a:b]
+        for optimizer in optimizers:
+            optimizer.step(1e-2)
+    assert torch.equal(torch.cat(parts), whole)
+    first, *others = [optimizer.state_dict() for optimizer in optimizers]
+    assert all(torch.equal(torch.cat([other[name] for other in others]), x) for name, x in first.items() if x.dim())
 
 
 def test_stochastic_weights_get_there_where_nearest_ones_stand_still() -> None:

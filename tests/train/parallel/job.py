@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from gemel.config.parallel import ParallelConfig
+from gemel.train import precision
 from gemel.train.loader import Step
 from gemel.train.optim import optimizer
 from gemel.train.parallel import data
@@ -43,15 +44,20 @@ class Case:
     onto: str  # the mesh of another case, that goes on from what this one saved
     changes: dict[str, Any] = field(default_factory=dict)
     steps: int = 3
+    exact: bool = False  # whether one process, with as many micro-batches as there are ranks with other sequences, has the same bits
 
 
-MASTER = {"precision": {"kind": "bf16"}, "optim__weights": "master", "optim__state": "int8"}
+NARROW = {"precision": {"kind": "bf16"}, "optim__clip": {"kind": "none"}}
 CASES: dict[int, dict[str, Case]] = {
     2: {
         "dp": Case("gqa", {"replicate": 2}, "zero3", steps=20),
         "zero1": Case("learned", {"shard": 2, "zero": "optimizer"}, "sp"),
         "zero2": Case("gqa", {"shard": 2, "zero": "gradients"}, "tp", {"optim__clip": {"kind": "adagc", "warmup": 3}}),
         "zero3": Case("learned", {"shard": 2, "zero": "parameters"}, "sp", {"activations": {"kind": "recompute", "blocks": 2}}),
+        "zero3_master": Case("gqa", {"shard": 2, "zero": "parameters"}, "zero2", NARROW | {"optim__weights": "master"}, exact=True),
+        "zero3_stochastic": Case(
+            "gqa", {"shard": 2, "zero": "parameters"}, "dp", NARROW | {"optim__weights": "stochastic", "optim__state": "bf16"}, exact=True
+        ),
         "tp": Case("gqa", {"tensor": 2}, "zero2", steps=20),
         "sp": Case("learned", {"tensor": 2, "sequence": True}, "zero1", {"loss": {"z_loss": 1e-2, "label_smoothing": 0.1}}),
         "sp_qk": Case("qk_norm", {"tensor": 2, "sequence": True}, "dp", {"activations": {"kind": "recompute"}}),
@@ -84,6 +90,8 @@ def documents(num: int) -> tuple[list[list[int]], list[list[bool]]]:
 def step(case: Case, mesh: Mesh, num_micros: int) -> Step:
     """The part of a data rank: four documents."""
     texts, trained = documents(4 * case.mesh.get("replicate", 1) * case.mesh.get("shard", 1))
+    if case.exact and mesh.num_ranks == 1:
+        num_micros *= len(texts) // 4
     count = len(texts) // mesh.data.size
     mine = range(mesh.data.rank * count, (mesh.data.rank + 1) * count)
     size = count // num_micros
@@ -93,14 +101,10 @@ def step(case: Case, mesh: Mesh, num_micros: int) -> Step:
 
 
 def make(folder: Path, case: Case, mesh: Mesh) -> Trainer:
+    recipe = runs.recipe(folder, parallel=mesh.config.model_dump(), batch__tokens=512, steps=100, **case.changes)
     loaded = tiny.build(case.kind)
-    loaded.model.requires_grad_(True)
-    return Trainer(
-        runs.recipe(folder, parallel=mesh.config.model_dump(), batch__tokens=512, steps=100, **case.changes),
-        loaded,
-        torch.device("cpu"),
-        mesh,
-    )
+    loaded.model.to(precision.parameter_dtype(recipe.optim)).requires_grad_(True)
+    return Trainer(recipe, loaded, torch.device("cpu"), mesh)
 
 
 def gradients(trainer: Trainer, mesh: Mesh, work: Step) -> dict[str, Tensor]:
@@ -118,9 +122,9 @@ def gradients(trainer: Trainer, mesh: Mesh, work: Step) -> dict[str, Tensor]:
 def outcome(folder: Path, case: Case, mesh: Mesh) -> tuple[Trainer, dict[str, Any]]:
     trainer = make(folder, case, mesh)
     found: dict[str, Any] = {"before": weights(trainer)}
-    for num_micros in (1, 4):
+    for num_micros in (1,) if case.exact else (1, 4):
         found[f"gradients{num_micros}"] = gradients(trainer, mesh, step(case, mesh, num_micros))
-    reports = [trainer.learn(step(case, mesh, 4 if number % 5 == 0 else 1)) for number in range(case.steps)]
+    reports = [trainer.learn(step(case, mesh, 4 if number % 5 == 0 and not case.exact else 1)) for number in range(case.steps)]
     found["losses"] = torch.tensor([report.loss for report in reports])
     found["norms"] = torch.tensor([report.norm for report in reports])
     found["actions"] = [report.action for report in reports]
@@ -156,7 +160,7 @@ def again(folder: Path, case: Case, mesh: Mesh, found: dict[str, Any]) -> dict[s
     dist.broadcast_object_list(box, src=0)
     trainer = make(folder, case, mesh)
     other = tiny.build(case.kind)
-    other.model.load_state_dict(box[0]["weights"], strict=False)
+    other.model.to(trainer.dtype).load_state_dict(box[0]["weights"], strict=False)
     trainer.roll_back(box[0]["state"], other)
     return {"weights": weights(trainer), "optimizer": trainer.state_dict()["optimizer"]}
 

@@ -45,8 +45,8 @@ class AdamW:
             maximize=False,
         )
 
-    def update_stored(self, parts: Sequence[Part], at: At, l1: float) -> bool:
-        """The same for stretches as they are stored, and L1 with it. False, and nothing changed, where no kernel can do it."""
+    def update_stored(self, parts: Sequence[Part], at: At, l1: float, offset: int = 0) -> bool:
+        """The same for stretches as they are stored, from `offset` on, and L1 with it. False, and nothing changed, where no kernel can."""
         return adamw.step(
             parts,
             lr=at.lr,
@@ -55,5 +55,5 @@ class AdamW:
             step=at.step,
             weight_decay=at.weight_decay,
             l1=l1,
-            table=noise.table(torch.device("cpu")),
+            table=noise.table(torch.device("cpu"))[offset:],
         )

@@ -24,10 +24,10 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def sixteen_bits(key: int, num: int, device: torch.device) -> Tensor:
-    """`num` integers (int32, at most `TABLE` of them) uniform in [0, 2**16)."""
+def sixteen_bits(key: int, num: int, device: torch.device, offset: int = 0) -> Tensor:
+    """`num` integers (int32) uniform in [0, 2**16), those from `offset` on of the `TABLE` that belong to a key."""
     first, second = _signed(key >> 32), _signed(key | 1)
-    return table(device)[:num].bitwise_xor(first).mul_(second).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    return table(device)[offset : offset + num].bitwise_xor(first).mul_(second).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
 def _signed(word: int) -> int:

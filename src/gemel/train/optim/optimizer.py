@@ -10,7 +10,7 @@ before, the gradients, the rate and the step: a resumed run repeats the bits of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import zip_longest
 
@@ -31,7 +31,7 @@ LEAST_FOR_INT8 = 4096  # smaller tensors stay in fp32: norms and biases are sens
 
 
 class Member:
-    """One parameter with its method, its settings and its stores; or the stretches of it from `start` on."""
+    """One parameter with its method, its settings and its stores; or its elements from `start` on, which move by the same bits."""
 
     def __init__(
         self, name: str, parameter: Tensor, method: Method, settings: Settings, config: OptimConfig, allocate: Allocate, start: int = 0
@@ -42,7 +42,6 @@ class Member:
         self._slots = method.slots(parameter.shape)
         self._weight = _weight_store(config, name, parameter, allocate)
         self._state = [_state_store(config, f"{name}.{slot.name}", slot, allocate) for slot in self._slots]
-        self._stretch = STRETCH if method.elementwise else parameter.numel()
 
     def begin(self, lr: float) -> At:
         """A step; `proceed` must follow for all of `starts`."""
@@ -55,13 +54,25 @@ class Member:
         flat, stop = self.parameter.grad.detach().reshape(-1), min(start + self.piece, self.parameter.numel())
         if self._update_stored(at, flat, start, stop):
             return
-        for begin in range(start, stop, self._stretch):
-            self._update(at, flat[begin : min(begin + self._stretch, stop)].float(), begin)
+        for begin, end in self._stretches(start, stop):
+            self._update(at, flat[begin:end].float(), begin)
+
+    def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """They end where those of the whole parameter do."""
+        while start < stop:
+            end = min(start + STRETCH - self._place(start)[1], stop) if self.method.elementwise else stop
+            yield start, end
+            start = end
+
+    def _place(self, start: int) -> tuple[int, int]:
+        """The stretch of the whole parameter that an element lies in, and where in it."""
+        offset = (self._start + start) % STRETCH if self.method.elementwise else 0
+        return self._start + start - offset, offset
 
     @property
     def piece(self) -> int:
         """Elements that are fetched together, if they live elsewhere: several stretches, because disks like long reads."""
-        return 8 * self._stretch if self.method.elementwise else max(self._stretch, 1)
+        return 8 * STRETCH if self.method.elementwise else max(self.parameter.numel(), 1)
 
     @property
     def starts(self) -> range:
@@ -90,23 +101,22 @@ class Member:
         if self.settings.l1:
             w.copy_(torch.nn.functional.softshrink(w, at.lr * self.settings.l1))
         for number, (store, x) in enumerate(zip((self._weight, *self._state), (w, *state), strict=True)):
-            store.write(start, x.view(-1), self._key(at, number, start))
+            store.write(start, x.view(-1), self._key(at, number, start), self._place(start)[1])
 
     def _update_stored(self, at: At, g: Tensor, start: int, stop: int) -> bool:
         """All of a piece in one native pass, if method and stores have one."""
         stores = [store for store in (self._weight, *self._state) if isinstance(store, Plain | Halved | Rounded)]
         if not isinstance(self.method, adamw.AdamW) or len(stores) < 1 + len(self._state):
             return False
-        parts = []
-        for begin in range(start, stop, self._stretch):
-            end = min(begin + self._stretch, stop)
+        parts: dict[int, list[Part]] = {}  # by where in a stretch they begin
+        for begin, end in self._stretches(start, stop):
             weight, first, second = (store.stored(begin, end, self._key(at, number, begin)) for number, store in enumerate(stores))
-            parts.append(Part(weight, g[begin:end], first, second))
-        return self.method.update_stored(parts, at, self.settings.l1)
+            parts.setdefault(self._place(begin)[1], []).append(Part(weight, g[begin:end], first, second))
+        return all(self.method.update_stored(found, at, self.settings.l1, offset) for offset, found in parts.items())
 
     def _key(self, at: At, number: int, start: int) -> int:
         """Decides how what is stored is rounded: number 0 is the weight, then come the slots."""
-        return noise.key(self._seed, self.name, at.step, number, self._start + start)
+        return noise.key(self._seed, self.name, at.step, number, self._place(start)[0])
 
     def kept(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint needs, in the shapes of what they belong to where they have as many elements."""

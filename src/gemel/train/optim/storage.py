@@ -35,8 +35,10 @@ class Store(Protocol):
         """Elements as fp32: the memory itself, or a copy."""
         ...
 
-    def write(self, start: int, x: Tensor, key: int) -> None:
-        """Put back what `read` gave, changed. `key` decides how numbers are rounded where that is left to chance."""
+    def write(self, start: int, x: Tensor, key: int, offset: int = 0) -> None:
+        """Put back what `read` gave, changed. How numbers are rounded where that is left to chance, `key` decides, and how far behind the
+        place that it belongs to they begin.
+        """
         ...
 
 
@@ -51,7 +53,7 @@ class Plain:
         """See `Store.read`."""
         return self._data[start:stop]
 
-    def write(self, start: int, x: Tensor, key: int) -> None:
+    def write(self, start: int, x: Tensor, key: int, offset: int = 0) -> None:
         """Nothing."""
 
     def stored(self, start: int, stop: int, key: int) -> Stored:  # noqa: ARG002
@@ -77,7 +79,7 @@ class Halved:
         bits = self._high[start:stop].to(torch.int32).bitwise_left_shift_(16)
         return bits.add_(self._low[start:stop]).view(torch.float32)
 
-    def write(self, start: int, x: Tensor, key: int) -> None:  # noqa: ARG002
+    def write(self, start: int, x: Tensor, key: int, offset: int = 0) -> None:  # noqa: ARG002
         """See `Store.write`."""
         stop, bits = start + x.numel(), x.view(torch.int32)
         self._high[start:stop] = (bits + 0x8000).bitwise_right_shift_(16)
@@ -103,11 +105,12 @@ class Rounded:
         """See `Store.read`."""
         return self._data[start:stop].float()
 
-    def write(self, start: int, x: Tensor, key: int) -> None:
+    def write(self, start: int, x: Tensor, key: int, offset: int = 0) -> None:
         """See `Store.write`."""
+        assert offset == 0 or offset + x.numel() <= noise.TABLE, "a stretch of the whole ends within this one"
         for at in range(0, x.numel(), noise.TABLE):
             bits = x[at : at + noise.TABLE].view(torch.int32)
-            drawn = noise.sixteen_bits(noise.key(key, at), bits.numel(), bits.device)
+            drawn = noise.sixteen_bits(noise.key(key, at), bits.numel(), bits.device, offset)
             self._data[start + at : start + at + bits.numel()].view(torch.int16).copy_(drawn.add_(bits).bitwise_right_shift_(16))
 
     def stored(self, start: int, stop: int, key: int) -> Stored:
@@ -136,7 +139,7 @@ class Blocks:
         codes = self._codes[first * dynamic.BLOCK : last * dynamic.BLOCK]
         return dynamic.decode(codes, self._scales[first:last], self._signed)[: stop - start]
 
-    def write(self, start: int, x: Tensor, key: int) -> None:  # noqa: ARG002
+    def write(self, start: int, x: Tensor, key: int, offset: int = 0) -> None:  # noqa: ARG002
         """See `Store.write`."""
         padded = F.pad(x, (0, -x.numel() % dynamic.BLOCK)) if x.numel() % dynamic.BLOCK else x
         codes, scales = dynamic.encode(padded, self._signed)

@@ -84,7 +84,6 @@ class Ranks:
         if zero == "none":
             return data.Everything(named, mesh, speaks)
         if zero == "parameters":
-            sharded.check(recipe.optim)
             return sharded.Sharded(self._model, named, mesh, speaks, recipe.activations)
         here = [name for name in self.parameters if self.pipeline is None or self.pipeline.has(name)]
         shapes = {name: self._cuts[name].shape_of(0, mesh.tensor.size) for name in here}

@@ -11,60 +11,60 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from gemel.config.compute import Activations, RecomputeBlocks
-from gemel.config.errors import ConfigError
-from gemel.config.optim import OptimConfig
 from gemel.model.model import Model
 from gemel.train.parallel.data import Write
 from gemel.train.parallel.layout import Piece
 from gemel.train.parallel.mesh import Mesh
 
 
-def check(config: OptimConfig) -> None:
-    """Refuse what needs more of a parameter than some rows."""
-    way_out = "or share less: parallel.zero = 'gradients'"
-    if config.method.kind in ("muon", "adafactor"):
-        raise ConfigError(
-            f"optim.method {config.method.kind!r} looks at matrices as a whole, of which parallel.zero = 'parameters' leaves each rank "
-            f"some rows; take adamw, lion or sgd, {way_out}"
-        )
-    if config.weights != "fp32":
-        raise ConfigError(
-            f"optim.weights = {config.weights!r} is not built for parallel.zero = 'parameters'; set weights = 'fp32', {way_out}"
-        )
-    if config.state == "int8":
-        raise ConfigError(f"optim.state = 'int8' has blocks that parallel.zero = 'parameters' would cut; set state = 'bf16', {way_out}")
-
-
 class Sharded:
     """See `data.Gradients`. The blocks that are recomputed together are gathered together."""
 
     def __init__(self, model: Model, named: Mapping[str, nn.Parameter], mesh: Mesh, speaks: Mapping[str, bool], activations: Activations):
-        from torch.distributed.fsdp import FSDPModule, fully_shard
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-        self._model, self._names, self._axis = model, list(named), mesh.shards
+        self._model, axis = model, mesh.shards
         shapes = {name: p.shape for name, p in named.items()}
-        devices = mesh.hybrid()
+        devices, policy = mesh.hybrid(), MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for group in _groups(list(model.layers), activations):
-            fully_shard(group, mesh=devices)
-        fully_shard(model, mesh=devices)
+            fully_shard(group, mesh=devices, mp_policy=policy)
+        fully_shard(model, mesh=devices, mp_policy=policy)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+                module.set_all_reduce_hook(self._came)
+        self._sums, self._taken = torch.empty(0), 0
         self.pieces = {}
         for name, shape in shapes.items():
-            rows = -(-shape[0] // self._axis.size)
-            start = min(self._axis.rank * rows, shape[0]) * shape[1:].numel()
-            own = _local(self._parameter(name).detach()).requires_grad_()
+            rows = -(-shape[0] // axis.size)
+            start = min(axis.rank * rows, shape[0]) * shape[1:].numel()
+            parameter = self._parameter(name)
+            own = _local(parameter.detach()).requires_grad_()
+            own.grad_dtype = torch.float32
             self.pieces[name] = Piece(own, start, speaks[name] and mesh.replicate.rank == 0)
+            if parameter.dtype != torch.float32:
+                parameter.register_post_accumulate_grad_hook(partial(self._take, own, rows * shape[1:].numel()))  # type: ignore[no-untyped-call]
 
     def _parameter(self, name: str) -> Tensor:
         return self._model.get_parameter(name)
+
+    def _came(self, sums: Tensor) -> None:
+        """The gradients of parameters that are gathered together, in fp32, each filled up to as many rows as all ranks have."""
+        self._sums, self._taken = sums, 0
+
+    @torch.no_grad()
+    def _take(self, own: Tensor, num: int, parameter: Tensor) -> None:
+        """Add to a piece's gradient before it is rounded to the type of its parameter, as torch does behind the sum over ranks."""
+        grad = self._sums[self._taken : self._taken + own.numel()].view(own.shape)
+        own.grad, parameter.grad = grad if own.grad is None else own.grad.add_(grad), None
+        self._taken += num
 
     def backward(self, last: bool) -> AbstractContextManager[None]:  # noqa: ARG002
         """See `data.Gradients.backward`. Sums are torch's affair."""
@@ -72,11 +72,10 @@ class Sharded:
 
     def collect(self) -> dict[str, Tensor]:
         """See `data.Gradients.collect`."""
-        grads = {}
-        for name in self._names:
+        for name, piece in self.pieces.items():
             if (grad := self._parameter(name).grad) is not None:
-                self.pieces[name].tensor.grad = grads[name] = _local(grad)
-        return grads
+                piece.tensor.grad = _local(grad)
+        return {name: piece.tensor.grad for name, piece in self.pieces.items() if piece.tensor.grad is not None}
 
     def spread(self) -> None:
         """See `data.Gradients.spread`. The next to gather a parameter gets it from all."""
