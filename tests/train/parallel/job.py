@@ -47,20 +47,24 @@ class Case:
     exact: bool = False  # whether one process, with as many micro-batches as there are ranks with other sequences, has the same bits
 
 
-NARROW = {"precision": {"kind": "bf16"}, "optim__clip": {"kind": "none"}}
+ZERO3 = {"shard": 2, "zero": "parameters"}
+UNCLIPPED = {"optim__clip": {"kind": "none"}}
+NARROW = UNCLIPPED | {"precision": {"kind": "bf16"}}
 CASES: dict[int, dict[str, Case]] = {
     2: {
         "dp": Case("gqa", {"replicate": 2}, "zero3", steps=20),
         "zero1": Case("learned", {"shard": 2, "zero": "optimizer"}, "sp"),
         "zero2": Case("gqa", {"shard": 2, "zero": "gradients"}, "tp", {"optim__clip": {"kind": "adagc", "warmup": 3}}),
-        "zero3": Case("learned", {"shard": 2, "zero": "parameters"}, "sp", {"activations": {"kind": "recompute", "blocks": 2}}),
-        "zero3_master": Case("gqa", {"shard": 2, "zero": "parameters"}, "zero2", NARROW | {"optim__weights": "master"}, exact=True),
-        "zero3_stochastic": Case(
-            "gqa", {"shard": 2, "zero": "parameters"}, "dp", NARROW | {"optim__weights": "stochastic", "optim__state": "bf16"}, exact=True
-        ),
+        "zero3": Case("learned", ZERO3, "sp", {"activations": {"kind": "recompute", "blocks": 2}}),
+        "zero3_master": Case("gqa", ZERO3, "tp", NARROW | {"optim__weights": "master", "optim__method": {"kind": "muon"}}, exact=True),
+        "zero3_stochastic": Case("gqa", ZERO3, "dp", NARROW | {"optim__weights": "stochastic", "optim__state": "bf16"}, exact=True),
+        "zero3_adafactor": Case("learned", ZERO3, "sp", {"optim__method": {"kind": "adafactor"}}),
+        "zero3_int8": Case("gqa", ZERO3, "tp", UNCLIPPED | {"optim__state": "int8"}, exact=True),
         "tp": Case("gqa", {"tensor": 2}, "zero2", steps=20),
         "sp": Case("learned", {"tensor": 2, "sequence": True}, "zero1", {"loss": {"z_loss": 1e-2, "label_smoothing": 0.1}}),
         "sp_qk": Case("qk_norm", {"tensor": 2, "sequence": True}, "dp", {"activations": {"kind": "recompute"}}),
+        "sp_adafactor": Case("learned", {"tensor": 2, "sequence": True}, "zero3", {"optim__method": {"kind": "adafactor"}}),
+        "tp_muon": Case("gqa", {"tensor": 2}, "zero2", {"optim__method": {"kind": "muon"}, "optim__state": "int8"}),
         "ring": Case("window", {"context": {"kind": "ring", "size": 2}}, "pp"),
         "ulysses": Case("gqa", {"context": {"kind": "ulysses", "size": 2}}, "dp"),
         "pp": Case("window", {"pipeline": {"kind": "1f1b", "stages": 2}}, "ring", {"activations": {"kind": "recompute", "blocks": 2}}),
@@ -76,7 +80,8 @@ CASES: dict[int, dict[str, Case]] = {
         "tp_pp": Case("learned", {"tensor": 2, "sequence": True, "pipeline": {"kind": "zero_bubble", "stages": 2}}, "dp_pp"),
         "tp_cp": Case("gqa", {"tensor": 2, "sequence": True, "context": {"kind": "ring", "size": 2}}, "cp_pp"),
         "cp_pp": Case("gqa", {"context": {"kind": "ulysses", "size": 2}, "pipeline": {"kind": "1f1b", "stages": 2}}, "tp_cp"),
-        "zero3_tp": Case("gqa", {"shard": 2, "zero": "parameters", "tensor": 2}, "dp_tp"),
+        "zero3_tp": Case("gqa", {**ZERO3, "tensor": 2}, "dp_tp"),
+        "zero3_sp_adafactor": Case("learned", {**ZERO3, "tensor": 2, "sequence": True}, "tp_pp", {"optim__method": {"kind": "adafactor"}}),
     },
 }
 

@@ -216,9 +216,17 @@ def build(
     return Optimizer(members, homes.all if homes else ())
 
 
-def elementwise(config: OptimConfig, trained: Mapping[str, Tensor]) -> dict[str, bool]:
-    """Of each parameter, whether its method treats elements alone, so that it may be cut anywhere between stretches."""
-    return {name: method.elementwise for name, method in _methods(config, trained, {}, torch.device("cpu")).items()}
+def indivisible(config: OptimConfig, trained: Mapping[str, Tensor], anywhere: bool = False) -> frozenset[str]:
+    """Names of parameters that must not be cut between stretches; with `anywhere`, not elsewhere either.
+
+    A method may look at a matrix as a whole, and state of 8 bits has blocks that begin where stretches do.
+    """
+    methods = _methods(config, trained, {}, torch.device("cpu"))
+    return frozenset(
+        name
+        for name, x in trained.items()
+        if not methods[name].elementwise or (anywhere and any(_in_blocks(config, slot) for slot in methods[name].slots(x.shape)))
+    )
 
 
 def _methods(
@@ -265,9 +273,13 @@ def _state_store(config: OptimConfig, name: str, slot: Slot, allocate: Allocate)
     num = slot.shape.numel()
     if config.state == "bf16" and not slot.small:
         return Rounded(allocate(name, num, torch.bfloat16))
-    if config.state == "int8" and not slot.small and num >= LEAST_FOR_INT8:
+    if _in_blocks(config, slot):
         return Blocks.allocate(allocate, name, num, slot.signed)
     return Plain(allocate(name, num, torch.float32))
+
+
+def _in_blocks(config: OptimConfig, slot: Slot) -> bool:
+    return config.state == "int8" and not slot.small and slot.shape.numel() >= LEAST_FOR_INT8
 
 
 def _in_memory(device: torch.device) -> Allocate:

@@ -7,12 +7,12 @@
     `sharded`       has stage 3
 
 A share is a run of whole stretches of the optimizer: what an optimizer does with a share is, bit by bit, what it does with the whole.
-Methods that look at a matrix as a whole get it whole.
+Methods that look at a matrix as a whole get it whole; where ranks have parts of it, through `matrices`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -179,7 +179,7 @@ def _to_all(named: Named, mesh: Mesh) -> Sums:
     return Sums(buckets([Slice(name, p, 0, p.numel()) for name, p in named.items()]), mesh.tokens, arrived, free=False)
 
 
-def shares(named: Named, sizes: Mapping[str, int], divisible: Mapping[str, bool], num_ranks: int) -> dict[int, list[Slice]]:
+def shares(named: Named, sizes: Mapping[str, int], indivisible: Collection[str], num_ranks: int) -> dict[int, list[Slice]]:
     """Who moves what: of all parameters in their order about equal numbers of elements each.
 
     `sizes` are of the parameters, on all ranks the same, whatever lies here: what is here may be a little less, or nothing.
@@ -191,7 +191,7 @@ def shares(named: Named, sizes: Mapping[str, int], divisible: Mapping[str, bool]
         return min(int(middle * num_ranks / total), num_ranks - 1)
 
     for name, size in sizes.items():
-        num_units = max(size // STRETCH, 1) if divisible[name] else 1
+        num_units = 1 if name in indivisible else max(size // STRETCH, 1)
         owners = [owner_of(position + (unit + 0.5) * size / num_units) for unit in range(num_units)]
         for owner in dict.fromkeys(owners):
             first, behind = owners.index(owner), owners.index(owner) + owners.count(owner)

@@ -20,7 +20,8 @@ from gemel.train.parallel.mesh import Axis, Mesh
 
 @dataclass(frozen=True)
 class Piece:
-    """What a rank moves of a parameter: the elements from `start` on of its part, in memory that the two share.
+    """What a rank moves of a parameter: the elements from `start` on of its part, in memory that the two share; or, as an owner (see
+    `matrices`), all of it, whatever its part is.
 
     `speaks` is true on one of the ranks that have these elements: the one whose norm is counted and whose numbers are saved.
     """
@@ -96,6 +97,8 @@ def _in_row(pieces: Sequence[Tensor]) -> Tensor:
 
 def share(whole: Tensor, like: Tensor, cut: Cut, start: int, axis: Axis) -> Tensor:
     """What a rank keeps of a whole tensor of a checkpoint: `like` has its shape, and `start` is where its piece begins."""
+    if whole.shape == like.shape:
+        return whole
     part = cut.part(whole, axis.rank, axis.size) if whole.numel() == cut.shape.numel() else whole
     assert part is not None
     if part.shape == like.shape:

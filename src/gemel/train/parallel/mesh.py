@@ -69,6 +69,10 @@ class Mesh:
         )
         self.data, self.shards, self.tokens = (Axis(name, *self._along(parts)) for name, parts in JOINED.items())
 
+    def joined(self, *names: str) -> Axis:
+        """Some axes as one, the last one's neighbours next to each other. All ranks must call it."""
+        return Axis("_".join(names), *self._along(names))
+
     def _along(self, names: tuple[str, ...]) -> tuple[int, int, ProcessGroup | None]:
         size = math.prod(self.config.sizes[name] for name in names)
         if size == 1 or self._devices is None:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from gemel import ops
-from gemel.config.errors import ConfigError
 from gemel.config.model import ModelConfig
 from gemel.config.parallel import ParallelConfig, Ring, Ulysses
 from gemel.config.train import TrainRecipe
@@ -27,7 +26,7 @@ from gemel.model.model import Model
 from gemel.train import optim, precision, recompute, stability
 from gemel.train.batch import Batch
 from gemel.train.optim import Optimizer
-from gemel.train.parallel import data, layout, sharded, tensor, vocabulary
+from gemel.train.parallel import data, layout, matrices, sharded, tensor, vocabulary
 from gemel.train.parallel.collectives import enter
 from gemel.train.parallel.context import Layout, RingAttend, UlyssesAttend, check_heads
 from gemel.train.parallel.data import Gradients, Write
@@ -53,7 +52,6 @@ class Ranks:
         self.parameters = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters() if p.requires_grad}
         self._partial: frozenset[str] = frozenset()
         if mesh.tensor.size > 1:
-            _check_cut(recipe)
             self._partial = tensor.cut(model, mesh.tensor, self._config.sequence)
         _check_context(model.config, self._config)
         self.pipeline = self._stages(recipe) if mesh.pipeline.size > 1 else None
@@ -81,16 +79,20 @@ class Ranks:
         mesh, zero = self._mesh, self._config.zero
         spoken_for = frozenset() if self.pipeline is None else self.pipeline.spoken_for
         speaks = {name: (mesh.tensor.rank == 0 or self._cuts[name].style != "whole") and name not in spoken_for for name in named}
-        if zero == "none":
-            return data.Everything(named, mesh, speaks)
-        if zero == "parameters":
-            return sharded.Sharded(self._model, named, mesh, speaks, recipe.activations)
+        by_rows = zero == "parameters"
+        whole = optim.indivisible(recipe.optim, self.parameters, by_rows or mesh.tensor.size > 1)
         here = [name for name in self.parameters if self.pipeline is None or self.pipeline.has(name)]
-        shapes = {name: self._cuts[name].shape_of(0, mesh.tensor.size) for name in here}
-        sizes = {name: shape.numel() for name, shape in shapes.items() if shape is not None}
-        slices = data.shares(named, sizes, optim.elementwise(recipe.optim, self.parameters), mesh.shards.size)
-        kind = data.OwnedStates if zero == "optimizer" else data.OwnedGradients
-        return kind(named, mesh, speaks, slices)
+        gradients: Gradients
+        if zero == "none":
+            gradients = data.Everything(named, mesh, speaks)
+        elif by_rows:
+            gradients = sharded.Sharded(self._model, named, mesh, speaks, recipe.activations)
+        else:
+            shapes = {name: self._cuts[name].shape_of(0, mesh.tensor.size) for name in here}
+            sizes = {name: shape.numel() for name, shape in shapes.items() if shape is not None}
+            kind = data.OwnedStates if zero == "optimizer" else data.OwnedGradients
+            gradients = kind(named, mesh, speaks, data.shares(named, sizes, whole, mesh.shards.size))
+        return matrices.put_together(gradients, [name for name in here if name in whole], self._cuts, mesh, by_rows)
 
     # --- batches and their loss ------------------------------------------------------------------------------------------------------
 
@@ -207,15 +209,3 @@ def _check_context(model: ModelConfig, parallel: ParallelConfig) -> None:
 def _hull(model: Model) -> Model:
     """The model without its weights; parameters that are one stay one."""
     return copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()})
-
-
-def _check_cut(recipe: TrainRecipe) -> None:
-    """Refuse what needs more of a parameter than a part of its rows or columns."""
-    method, size = recipe.optim.method.kind, recipe.parallel.tensor
-    if method in ("muon", "adafactor"):
-        raise ConfigError(
-            f"optim.method {method!r} looks at matrices as a whole, and parallel.tensor = {size} leaves each rank a part: take adamw, lion "
-            "or sgd, or set tensor = 1"
-        )
-    if recipe.optim.state == "int8":
-        raise ConfigError(f"optim.state = 'int8' has blocks that parallel.tensor = {size} would cut; set state = 'bf16', or tensor = 1")
