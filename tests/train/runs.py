@@ -69,10 +69,10 @@ def recipe(folder: Path, **changes: Any) -> TrainRecipe:
     return TrainRecipe.parse(values(folder, **changes))
 
 
-def batch(*documents: list[int], trained: list[list[bool]] | None = None) -> Batch:
-    """Whole documents in one batch. `trained` is of the targets."""
+def batch(*documents: list[int], trained: list[list[bool]] | None = None, places: list[int] | None = None) -> Batch:
+    """Whole documents in one batch. `trained` is of the targets, `places` are those of the documents in their step."""
     sequences = [Packed(np.array(d[:-1]), np.array(d[1:]), np.array([0]), np.array([number])) for number, d in enumerate(documents)]
-    made = Batch.of(sequences, [False] * len(sequences))
+    made = Batch.of(sequences, [False] * len(sequences), places)
     if trained is not None:
         made.weights_T.copy_(torch.tensor([float(flag) for flags in trained for flag in flags]))
     return made

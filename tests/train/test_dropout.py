@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gemel.config.train import DropoutConfig
+from gemel.train.dropout import Dropout, Placed
 from tests import tiny
 from tests.tolerance import CHI_SQUARE_P, assert_close
 from tests.train import runs
@@ -55,7 +57,50 @@ def test_what_is_recomputed_is_dropped_again(activations: dict[str, Any], tmp_pa
     found = []
     for changes in ({}, {"activations": activations}):
         made = trainer(tmp_path, loaded=tiny.build(num_layers=3), dropout=BOTH, **changes)
-        torch.manual_seed(7)
         found.append(gradients(made, runs.batch(*DOCUMENTS)))
     assert found[0][0] == found[1][0]
     assert_same_gradients(found[1][1], found[0][1], "exact")
+
+
+def test_micro_batches_drop_what_the_whole_does(tmp_path: Path) -> None:
+    """And another step, or another seed, something else."""
+    places = list(range(0, 100 * len(DOCUMENTS), 100))
+    cut = [runs.batch(document, places=[place]) for document, place in zip(DOCUMENTS, places, strict=True)]
+    whole, parts = (gradients(trainer(tmp_path, dropout=BOTH), *batches) for batches in ([runs.batch(*DOCUMENTS, places=places)], cut))
+    assert_close(torch.tensor(parts[0]), torch.tensor(whole[0]), "fp32_cut")
+    assert_same_gradients(parts[1], whole[1], "fp32_cut")
+    later = trainer(tmp_path, dropout=BOTH)
+    later.step = 1
+    others = gradients(later, *cut)[0], gradients(trainer(tmp_path, dropout=BOTH, seed=1), *cut)[0]
+    assert len({parts[0], *others}) == 3
+
+
+def test_what_is_dropped_of_tokens_and_widths_is_as_good_as_random() -> None:
+    """Rows and columns have their share, and masks of other tokens, steps and places in the model agree by chance."""
+    shape, share = (1000, 500), 0.3
+
+    def mask(first: int, step: int, site: str, layer: int) -> Tensor:
+        placed = Placed(lambda *_: torch.empty(0), torch.arange(first, first + shape[0]), 7, step)
+        dropout = Dropout(DropoutConfig(residual=share), tiny.build().model)
+        dropout._begin(torch.empty(shape), placed, layer, (site,))
+        return dropout._drop(torch.ones(shape, requires_grad=True), share, site) == 0
+
+    def deviation(hits: Tensor, chance: float) -> Tensor:
+        return (hits.double().mean() - chance) / (chance * (1 - chance) / hits.numel()) ** 0.5
+
+    found = mask(0, 3, "attn", 1)
+    for other in (
+        mask(1000, 3, "attn", 1),
+        mask(0, 4, "attn", 1),
+        mask(0, 3, "mlp", 1),
+        mask(0, 3, "attn", 0),
+        found.roll(1, 0),
+        found.roll(1, 1),
+    ):
+        assert torch.special.erfc(deviation(other & found, share**2).abs() / 2**0.5) > CHI_SQUARE_P
+    for dim in (0, 1):
+        num = shape[1 - dim]
+        z = (found.double().sum(1 - dim) - share * num) / (share * (1 - share) * num) ** 0.5
+        degrees = z.numel()
+        assert torch.special.gammaincc(torch.tensor(degrees / 2).double(), z.square().sum() / 2) > CHI_SQUARE_P
+    assert torch.equal(mask(200, 3, "attn", 1)[:800], found[200:])

@@ -53,7 +53,9 @@ def step(ids: np.ndarray[Any, Any], micro_sequences: int) -> Step:
     batches = []
     for first in range(0, len(ids), micro_sequences):
         group = ids[first : first + micro_sequences]
-        batch = Batch.of([Packed(row, np.roll(row, -1), np.array([0]), np.array([0])) for row in group], [False] * len(group))
+        sequences = [Packed(row, np.roll(row, -1), np.array([0]), np.array([0])) for row in group]
+        places = [(first + number) * ids.shape[1] for number in range(len(group))]
+        batch = Batch.of(sequences, [False] * len(group), places)
         batch.weights_T[ids.shape[1] - 1 :: ids.shape[1]] = 0
         batches.append(batch)
     return Step(tuple(batches), {}, ids.size)

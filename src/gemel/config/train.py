@@ -54,6 +54,7 @@ class LossConfig(Config):
 
 class DropoutConfig(Config):
     """What share of numbers is zero, others at random in every step, the rest as much larger (Srivastava et al. 2014). Not when validating.
+    Which ones depends on the seed, the step and the token, and not on the mesh.
 
     embedding  of what enters the first block
     residual   of what attention and feed-forward add to the stream
@@ -212,7 +213,7 @@ class TrainRecipe(Config):
     def _check_parallel(self) -> None:
         """Refuse what is built for one process, or for a model whose layers and products are whole."""
         mesh = self.parallel
-        alone = {"offload": self.offload != OffloadConfig(), "dropout": self.dropout != DropoutConfig()}
+        alone = {"offload": self.offload != OffloadConfig()}
         whole = {
             "tiling": not isinstance(self.tiling, Untiled),
             "compile": isinstance(self.compile, CompileBlocks),

@@ -16,6 +16,7 @@ from torch import Tensor
 from gemel.data.pack import Packed
 
 TRAINED = 1 << 31  # bit of a token, in documents of which not all is trained
+PLACE = "place"  # stream: which token of its step it is, of all ranks, however they cut it
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Batch:
     targets_T    the id that is to be predicted at each place
     weights_T    what each prediction counts, in fp32; 0 is not trained
     starts       where documents start; the last entry is T
-    streams      more numbers per token, by name, for objectives that need them
+    streams      more numbers per token, by name: `PLACE`, and what an objective needs
     """
 
     tokens_T: Tensor
@@ -38,19 +39,23 @@ class Batch:
     streams: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, sequences: Sequence[Packed], marked: Sequence[bool]) -> Self:
-        """Sequences end to end. `marked` says of each whether `TRAINED` tells which of its tokens are trained; else all are."""
+    def of(cls, sequences: Sequence[Packed], marked: Sequence[bool], places: Sequence[int] | None = None) -> Self:
+        """Sequences end to end. `marked` says of each whether `TRAINED` tells which of its tokens are trained; else all are. `places` are
+        those of their first tokens in the step, if it has other batches.
+        """
         offsets = np.cumsum([0, *(len(sequence.inputs) for sequence in sequences)])
         starts = np.concatenate([*(sequence.starts + offset for sequence, offset in zip(sequences, offsets, strict=False)), offsets[-1:]])
         positions = np.arange(starts[-1]) - np.repeat(starts[:-1], np.diff(starts))
         inputs, targets = (np.concatenate([getattr(s, name) for s in sequences]) for name in ("inputs", "targets"))
         counts = np.repeat(np.logical_not(marked), np.diff(offsets)) | (targets & TRAINED != 0)
+        ahead = np.zeros(len(sequences), np.int64) if places is None else np.asarray(places) - offsets[:-1]
         return cls(
             torch.from_numpy(inputs & (TRAINED - 1)),
             torch.from_numpy(positions),
             torch.from_numpy(targets & (TRAINED - 1)),
             torch.from_numpy(counts.astype(np.float32)),
             tuple(starts.tolist()),
+            {PLACE: torch.from_numpy(np.arange(offsets[-1]) + np.repeat(ahead, np.diff(offsets)))},
         )
 
     @property

@@ -157,10 +157,14 @@ class Loader:
     def __next__(self) -> Step:
         picked = [self._pick() for _ in range(self._config.sequences)]
         count, size = len(picked) // self._num_ranks, self._config.micro_sequences
-        own = picked[self._rank * count : (self._rank + 1) * count]
-        groups = [own[i : i + size] for i in range(0, count, size)]
-        batches = tuple(Batch.of([sequence for _, sequence in group], [source.documents.marked for source, _ in group]) for group in groups)
+        first = self._rank * count
+        batches = tuple(self._batch(picked, range(i, min(i + size, first + count))) for i in range(first, first + count, size))
         return Step(batches, self.position, sum(len(sequence.inputs) for _, sequence in picked))
+
+    def _batch(self, picked: Sequence[tuple[Source, Packed]], numbers: range) -> Batch:
+        """Of sequences of a step, with these numbers."""
+        marked = [picked[number][0].documents.marked for number in numbers]
+        return Batch.of([picked[number][1] for number in numbers], marked, [number * self._config.sequence for number in numbers])
 
     def skip(self, num_steps: int) -> None:
         """Pass over so many steps."""

@@ -1,7 +1,7 @@
 """What a recipe changes about how a model computes, in the one order that works. The model's definition knows of none of it.
 
 First leaves are swapped, then what is inside of blocks is changed, and last their forwards are wrapped, from the inside out: what is
-recomputed includes fetching parameters, and that surrounds compiled code, which can do neither.
+recomputed includes fetching parameters and drawing what is dropped, and that surrounds compiled code, which can do neither.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from gemel.config.compute import FP8
 from gemel.config.train import TrainRecipe
 from gemel.model.model import Model
 from gemel.train import compile as compiling
-from gemel.train import dropout, offload, precision, recompute, tiling
+from gemel.train import offload, precision, recompute, tiling
+from gemel.train.dropout import Dropout
 from gemel.train.offload import Homes
 from gemel.train.parallel.mesh import Mesh
 
@@ -25,8 +26,9 @@ def apply(recipe: TrainRecipe, model: Model, device: torch.device, homes: Homes,
     if isinstance(recipe.precision, FP8):
         precision.in_fp8(recipe.precision, model, device)
     tiling.apply(recipe.tiling, model)
-    dropout.apply(recipe.dropout, model)
+    dropped = Dropout(recipe.dropout, model)
     compiling.apply(recipe.compile, model, device)
+    dropped.follow(model)
     offload.apply(homes, model)
     if mesh.pipeline.size == 1:
         recompute.apply(recipe.activations, list(model.layers))

@@ -18,10 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gemel.config.train import TrainRecipe
+from gemel.config.train import DropoutConfig, TrainRecipe
+from gemel.model.attend import Attend
 from gemel.model.build import LoadedModel
 from gemel.train import optim, precision, rewrite, schedule, stability
-from gemel.train.batch import Batch
+from gemel.train.batch import PLACE, Batch
+from gemel.train.dropout import Placed
 from gemel.train.flops import Flops
 from gemel.train.loader import Step
 from gemel.train.offload import Homes
@@ -122,7 +124,7 @@ class Trainer:
         scale, pipeline = self._numbers.scale, self._ranks.pipeline
         if pipeline is not None:
             loss_of = partial(self._head_loss, factor=scale / weight, label_smoothing=self._recipe.loss.label_smoothing)
-            loss, z = pipeline.learn([self._ranks.here(batch.to(self._device)) for batch in batches], loss_of, self._numbers.cast)
+            loss, z = pipeline.learn([self._here(batch) for batch in batches], loss_of, self._numbers.cast)
             batches = ()
         for number, batch in enumerate(batches, 1):
             batch_loss, batch_z = self._loss(batch, scale / weight, self._recipe.loss.label_smoothing)
@@ -134,10 +136,17 @@ class Trainer:
 
     def _loss(self, batch: Batch, factor: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
         """As sums over tokens, times `factor`: in the weights, it is there before anything is rounded, and costs nothing."""
-        batch, attend = self._ranks.here(batch.to(self._device))
+        batch, attend = self._here(batch)
         with self._numbers.cast():
             hidden_TD = self._model(batch.tokens_T, batch.positions_T, attend)
             return self._head_loss(hidden_TD, batch, factor, label_smoothing)
+
+    def _here(self, batch: Batch) -> tuple[Batch, Attend]:
+        """What is here of a micro-batch, and all that its tokens have to know."""
+        batch, attend = self._ranks.here(batch.to(self._device))
+        if self._recipe.dropout != DropoutConfig() and torch.is_grad_enabled():
+            attend = Placed(attend, self._ranks.between(batch.streams[PLACE]), self._recipe.seed, self.step)
+        return batch, attend
 
     def _head_loss(self, hidden_TD: Tensor, batch: Batch, factor: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
         return self._ranks.head_loss(hidden_TD, batch, batch.weights_T * factor, self._recipe.loss.z_loss, label_smoothing)
@@ -147,7 +156,7 @@ class Trainer:
         if self._ranks.pipeline is None:
             return self._loss(batches[0], 1.0, 0.0)
         loss_of = partial(self._head_loss, factor=1.0, label_smoothing=0.0)
-        return self._ranks.pipeline.look([self._ranks.here(batch.to(self._device)) for batch in batches], loss_of, self._numbers.cast)
+        return self._ranks.pipeline.look([self._here(batch) for batch in batches], loss_of, self._numbers.cast)
 
     def validate(self, batches: Iterable[Batch]) -> tuple[float, float]:
         """The sum of the cross-entropy over all tokens that would be trained, without label smoothing, and of their weights."""

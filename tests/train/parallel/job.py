@@ -49,25 +49,30 @@ class Case:
 
 ZERO3 = {"shard": 2, "zero": "parameters"}
 UNCLIPPED = {"optim__clip": {"kind": "none"}}
+DROPOUT = {"dropout": {"embedding": 0.1, "residual": 0.2}}
 NARROW = UNCLIPPED | {"precision": {"kind": "bf16"}}
+STOCHASTIC = NARROW | {"optim__weights": "stochastic", "optim__state": "bf16"}
+PAIRS = {"activations": {"kind": "recompute", "blocks": 2}}
 CASES: dict[int, dict[str, Case]] = {
     2: {
         "dp": Case("gqa", {"replicate": 2}, "zero3", steps=20),
         "zero1": Case("learned", {"shard": 2, "zero": "optimizer"}, "sp"),
-        "zero2": Case("gqa", {"shard": 2, "zero": "gradients"}, "tp", {"optim__clip": {"kind": "adagc", "warmup": 3}}),
-        "zero3": Case("learned", ZERO3, "sp", {"activations": {"kind": "recompute", "blocks": 2}}),
+        "zero2": Case("gqa", {"shard": 2, "zero": "gradients"}, "tp", DROPOUT | {"optim__clip": {"kind": "adagc", "warmup": 3}}),
+        "zero3": Case("learned", ZERO3, "sp", DROPOUT | PAIRS),
         "zero3_master": Case("gqa", ZERO3, "tp", NARROW | {"optim__weights": "master", "optim__method": {"kind": "muon"}}, exact=True),
-        "zero3_stochastic": Case("gqa", ZERO3, "dp", NARROW | {"optim__weights": "stochastic", "optim__state": "bf16"}, exact=True),
+        "zero3_stochastic": Case(
+            "gqa", ZERO3, "dp", NARROW | {"optim__weights": "stochastic", "optim__state": "bf16"} | DROPOUT, exact=True
+        ),
         "zero3_adafactor": Case("learned", ZERO3, "sp", {"optim__method": {"kind": "adafactor"}}),
         "zero3_int8": Case("gqa", ZERO3, "tp", UNCLIPPED | {"optim__state": "int8"}, exact=True),
         "tp": Case("gqa", {"tensor": 2}, "zero2", steps=20),
         "sp": Case("learned", {"tensor": 2, "sequence": True}, "zero1", {"loss": {"z_loss": 1e-2, "label_smoothing": 0.1}}),
-        "sp_qk": Case("qk_norm", {"tensor": 2, "sequence": True}, "dp", {"activations": {"kind": "recompute"}}),
+        "sp_qk": Case("qk_norm", {"tensor": 2, "sequence": True}, "dp", DROPOUT | {"activations": {"kind": "recompute"}}),
         "sp_adafactor": Case("learned", {"tensor": 2, "sequence": True}, "zero3", {"optim__method": {"kind": "adafactor"}}),
         "tp_muon": Case("gqa", {"tensor": 2}, "zero2", {"optim__method": {"kind": "muon"}, "optim__state": "int8"}),
-        "ring": Case("window", {"context": {"kind": "ring", "size": 2}}, "pp"),
+        "ring": Case("window", {"context": {"kind": "ring", "size": 2}}, "pp", DROPOUT),
         "ulysses": Case("gqa", {"context": {"kind": "ulysses", "size": 2}}, "dp"),
-        "pp": Case("window", {"pipeline": {"kind": "1f1b", "stages": 2}}, "ring", {"activations": {"kind": "recompute", "blocks": 2}}),
+        "pp": Case("window", {"pipeline": {"kind": "1f1b", "stages": 2}}, "ring", DROPOUT | PAIRS),
         "zb": Case("learned", {"pipeline": {"kind": "zero_bubble", "stages": 2}}, "zero2", {"loss": {"z_loss": 1e-2}}),
         "muon": Case("gqa", {"shard": 2, "zero": "gradients"}, "dp", {"optim__method": {"kind": "muon"}}),
     },
@@ -78,7 +83,7 @@ CASES: dict[int, dict[str, Case]] = {
         "zero2_tp": Case("learned", {"shard": 2, "zero": "gradients", "tensor": 2, "sequence": True}, "hybrid3"),
         "dp_pp": Case("gqa", {"shard": 2, "zero": "optimizer", "pipeline": {"kind": "gpipe", "stages": 2}}, "tp_pp", steps=20),
         "tp_pp": Case("learned", {"tensor": 2, "sequence": True, "pipeline": {"kind": "zero_bubble", "stages": 2}}, "dp_pp"),
-        "tp_cp": Case("gqa", {"tensor": 2, "sequence": True, "context": {"kind": "ring", "size": 2}}, "cp_pp"),
+        "tp_cp": Case("gqa", {"tensor": 2, "sequence": True, "context": {"kind": "ring", "size": 2}}, "cp_pp", DROPOUT),
         "cp_pp": Case("gqa", {"context": {"kind": "ulysses", "size": 2}, "pipeline": {"kind": "1f1b", "stages": 2}}, "tp_cp"),
         "zero3_tp": Case("gqa", {**ZERO3, "tensor": 2}, "dp_tp"),
         "zero3_sp_adafactor": Case("learned", {**ZERO3, "tensor": 2, "sequence": True}, "tp_pp", {"optim__method": {"kind": "adafactor"}}),
@@ -101,7 +106,10 @@ def step(case: Case, mesh: Mesh, num_micros: int) -> Step:
     mine = range(mesh.data.rank * count, (mesh.data.rank + 1) * count)
     size = count // num_micros
     groups = [mine[i : i + size] for i in range(0, count, size)]
-    batches = [runs.batch(*(texts[i] for i in group), trained=[trained[i] for i in group]) for group in groups]
+    batches = []
+    for group in groups:
+        places = [max(LENGTHS) * i for i in group]
+        batches.append(runs.batch(*(texts[i] for i in group), trained=[trained[i] for i in group], places=places))
     return Step(tuple(batches), {}, sum(map(len, texts)) - len(texts))
 
 

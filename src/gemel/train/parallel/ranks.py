@@ -27,7 +27,7 @@ from gemel.train import optim, precision, recompute, stability
 from gemel.train.batch import Batch
 from gemel.train.optim import Optimizer
 from gemel.train.parallel import data, layout, matrices, sharded, tensor, vocabulary
-from gemel.train.parallel.collectives import enter
+from gemel.train.parallel.collectives import enter, keep_own
 from gemel.train.parallel.context import Layout, RingAttend, UlyssesAttend, check_heads
 from gemel.train.parallel.data import Gradients, Write
 from gemel.train.parallel.layout import Held
@@ -107,6 +107,10 @@ class Ranks:
             return batch, PackedAttend(config, batch.starts)
         layout = (Layout.zigzag if ring else Layout.even)(batch.starts, axis.size)
         return layout.part(batch, axis.rank), (RingAttend if ring else UlyssesAttend)(config, layout, axis.group)
+
+    def between(self, x_T: Tensor) -> Tensor:
+        """Of numbers for the tokens that this process sees, those for the ones that it has between products."""
+        return keep_own(x_T, self._mesh.tensor) if self._config.sequence else x_T
 
     def head_loss(self, hidden_TD: Tensor, batch: Batch, weights_T: Tensor, z_loss: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
         """See `ops.head_cross_entropy`; the same on all tensor ranks."""
