@@ -211,16 +211,14 @@ class TrainRecipe(Config):
             )
 
     def _check_parallel(self) -> None:
-        """Refuse what is built for one process, or for a model whose layers and products are whole."""
+        """Refuse what is built for a model whose layers and products are whole."""
         mesh = self.parallel
-        alone = {"offload": self.offload != OffloadConfig()}
         whole = {
+            "offload.parameters": not isinstance(self.offload.parameters, Resident),
             "tiling": not isinstance(self.tiling, Untiled),
             "compile": isinstance(self.compile, CompileBlocks),
             "precision.kind = 'fp8'": isinstance(self.precision, FP8),
         }
-        if mesh.num_ranks > 1 and (found := [name for name, there in alone.items() if there]):
-            raise ValueError(f"{found[0]} is for one process, and [parallel] asks for {mesh.num_ranks}; leave one of them out")
         cut = mesh.tensor > 1 or mesh.sizes["pipeline"] > 1 or mesh.zero == "parameters"
         if cut and (found := [name for name, there in whole.items() if there]):
             raise ValueError(

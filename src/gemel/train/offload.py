@@ -21,8 +21,9 @@ import os
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -302,17 +303,30 @@ class Homes:
         home = self.parameters
         if home is None or isinstance(home, Disk):
             return loaded
-        stored = {id(p): nn.Parameter(home.at_home(p.detach()), requires_grad=False) for p in loaded.model.parameters()}
+        stored = {id(p): nn.Parameter(self.at_home(p.detach()), requires_grad=False) for p in loaded.model.parameters()}
         return replace(loaded, model=copy.deepcopy(loaded.model, stored))
+
+    def at_home(self, tensor: Tensor) -> Tensor:
+        """What a parameter or a state holds, to be saved."""
+        for home in self.all:
+            tensor = home.at_home(tensor)
+        return tensor
+
+    @contextmanager
+    def visiting(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Where tensors are there to be changed, wherever they live."""
+        for home in self.all:
+            home.fetch(tensors)
+        yield
+        for home in self.all:
+            home.behind(tensors, changed=True)
+            home.behind((), changed=False)  # whoever waits for the next to follow need not
 
     @torch.no_grad()
     def write(self, parameter: Tensor, value: Tensor) -> None:
         """Change a parameter, wherever it lives."""
-        for home in self.all:
-            home.fetch([parameter])
-        parameter.copy_(value)
-        for home in self.all:
-            home.behind([parameter], changed=True)
+        with self.visiting([parameter]):
+            parameter.copy_(value)
 
 
 def _home(what: str, config: Resident | ToMemory | ToDisk, device: torch.device, folder: Path) -> Home | None:

@@ -77,7 +77,7 @@ class Trainer:
         sections = {f"{name}.weight": x.sections for name, x in self._model.named_modules() if hasattr(x, "sections")}
         if recipe.batch.micro_sequences < recipe.batch.sequences:
             precision.add_up_in_fp32(p for p in self._model.parameters() if p.requires_grad)
-        self._ranks = Ranks(recipe, loaded, mesh)
+        self._ranks = Ranks(recipe, loaded, mesh, self._homes)
         pieces = self._ranks.gradients.pieces
         moved, starts = {name: x.tensor for name, x in pieces.items()}, {name: x.start for name, x in pieces.items()}
         self._optimizer = optim.build(recipe.optim, moved.items(), sections, self._ranks.parameters, starts, self._homes)

@@ -23,8 +23,9 @@ import torch.distributed.fsdp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from gemel.config.compute import ToMemory
 from gemel.config.parallel import ParallelConfig
-from gemel.train import precision
+from gemel.train import offload, precision
 from gemel.train.loader import Step
 from gemel.train.optim import optimizer
 from gemel.train.parallel import data
@@ -51,6 +52,9 @@ ZERO3 = {"shard": 2, "zero": "parameters"}
 UNCLIPPED = {"optim__clip": {"kind": "none"}}
 DROPOUT = {"dropout": {"embedding": 0.1, "residual": 0.2}}
 NARROW = UNCLIPPED | {"precision": {"kind": "bf16"}}
+IN_MEMORY = {"offload": {"optimizer": {"kind": "cpu"}, "parameters": {"kind": "cpu"}}}
+ON_DISK = {"offload": {"optimizer": {"kind": "disk"}, "parameters": {"kind": "disk"}}, "save__asynchronous": False}
+STATE_ON_DISK = {"offload": {"optimizer": {"kind": "disk"}}, "save__asynchronous": False}
 STOCHASTIC = NARROW | {"optim__weights": "stochastic", "optim__state": "bf16"}
 PAIRS = {"activations": {"kind": "recompute", "blocks": 2}}
 CASES: dict[int, dict[str, Case]] = {
@@ -64,7 +68,7 @@ CASES: dict[int, dict[str, Case]] = {
             "gqa", ZERO3, "dp", NARROW | {"optim__weights": "stochastic", "optim__state": "bf16"} | DROPOUT, exact=True
         ),
         "zero3_adafactor": Case("learned", ZERO3, "sp", {"optim__method": {"kind": "adafactor"}}),
-        "zero3_int8": Case("gqa", ZERO3, "tp", UNCLIPPED | {"optim__state": "int8"}, exact=True),
+        "zero3_int8": Case("gqa", ZERO3, "tp", UNCLIPPED | STATE_ON_DISK | {"optim__state": "int8"}, exact=True),
         "tp": Case("gqa", {"tensor": 2}, "zero2", steps=20),
         "sp": Case("learned", {"tensor": 2, "sequence": True}, "zero1", {"loss": {"z_loss": 1e-2, "label_smoothing": 0.1}}),
         "sp_qk": Case("qk_norm", {"tensor": 2, "sequence": True}, "dp", DROPOUT | {"activations": {"kind": "recompute"}}),
@@ -74,7 +78,8 @@ CASES: dict[int, dict[str, Case]] = {
         "ulysses": Case("gqa", {"context": {"kind": "ulysses", "size": 2}}, "dp"),
         "pp": Case("window", {"pipeline": {"kind": "1f1b", "stages": 2}}, "ring", DROPOUT | PAIRS),
         "zb": Case("learned", {"pipeline": {"kind": "zero_bubble", "stages": 2}}, "zero2", {"loss": {"z_loss": 1e-2}}),
-        "muon": Case("gqa", {"shard": 2, "zero": "gradients"}, "dp", {"optim__method": {"kind": "muon"}}),
+        "muon": Case("gqa", {"shard": 2, "zero": "gradients"}, "dp", IN_MEMORY | {"optim__method": {"kind": "muon"}}),
+        "on_disk": Case("gqa", {"shard": 2, "zero": "optimizer"}, "dp", ON_DISK),
     },
     4: {
         "dp_tp": Case("gqa", {"replicate": 2, "tensor": 2, "sequence": True}, "hybrid2", steps=20),
@@ -145,6 +150,7 @@ def outcome(folder: Path, case: Case, mesh: Mesh) -> tuple[Trainer, dict[str, An
     found["flops"] = [report.flops for report in reports]
     found["validation"] = trainer.validate(list(step(case, Mesh(), 4).batches)[:3])
     found["fault"] = fault(trainer, mesh, step(case, mesh, 1))
+    found["blocks_bytes"] = sum(p.untyped_storage().nbytes() for p in trainer._model.layers.parameters())
     found["weights"], found["state"] = weights(trainer), trainer.state_dict()
     return trainer, found
 
@@ -180,6 +186,10 @@ def again(folder: Path, case: Case, mesh: Mesh, found: dict[str, Any]) -> dict[s
 
 def work(rank: int, num_ranks: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    at_home = offload._home
+    offload._home = lambda what, config, device, folder: (
+        offload.Remote(device) if isinstance(config, ToMemory) else at_home(what, config, device, folder)  # as if the device had its own
+    )
     optimizer.STRETCH = data.STRETCH = optimizer.LEAST_FOR_INT8 = STRETCH
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
     cases = CASES[num_ranks]

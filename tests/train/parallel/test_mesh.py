@@ -70,6 +70,16 @@ def test_sequences_must_divide_among_ranks(tmp_path: Any) -> None:
     assert runs.recipe(tmp_path, **changes, batch__tokens=tokens).batch.sequences % 3 == 0
 
 
+@pytest.mark.parametrize("mesh", [{"tensor": 2}, {"shard": 2, "zero": "parameters"}, {"pipeline": {"kind": "gpipe", "stages": 2}}])
+@pytest.mark.parametrize("lever", [{"offload__parameters": {"kind": "disk"}}, {"tiling": {"kind": "tokens"}}])
+def test_what_needs_whole_layers_is_refused_where_they_are_cut(mesh: dict[str, Any], lever: dict[str, Any], tmp_path: Any) -> None:
+    changes = {**lever, "save__asynchronous": False}
+    with pytest.raises(ConfigError, match=r"which parallel\.tensor, pipeline and zero = 'parameters' cut; leave it out, or train with"):
+        runs.recipe(tmp_path, parallel=mesh, **changes)
+    for fits in ({"replicate": 2}, {"shard": 2, "zero": "gradients"}, {"context": {"kind": "ring", "size": 2}}):
+        runs.recipe(tmp_path, parallel=fits, **changes)
+
+
 def test_a_mesh_is_not_part_of_what_a_run_computes(tmp_path: Any) -> None:
     assert runs.recipe(tmp_path, parallel={"tensor": 2}).what() == runs.recipe(tmp_path).what()
 

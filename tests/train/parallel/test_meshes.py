@@ -89,3 +89,10 @@ def test_what_is_saved_has_the_same_bits_on_any_mesh(num_ranks: int, name: str, 
         assert all(torch.equal(x, want[key]) and x.shape == want[key].shape for key, x in got.items())
     assert found["state"]["optimizer"].keys() == found["alone"]["state"]["optimizer"].keys()
     assert all(x.shape == found["alone"]["state"]["optimizer"][key].shape for key, x in found["state"]["optimizer"].items())
+
+
+def test_what_lives_elsewhere_is_here_only_while_it_is_needed(results: Any) -> None:
+    """On each rank, behind a step and while nothing is saved."""
+    found = results(2, "muon")
+    assert found["blocks_bytes"] == found["alone"]["blocks_bytes"] == 0
+    assert results(2, "zero2")["blocks_bytes"] > 0

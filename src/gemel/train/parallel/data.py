@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gemel.train.offload import Homes
 from gemel.train.optim.optimizer import STRETCH
 from gemel.train.parallel.layout import Piece
-from gemel.train.parallel.mesh import Mesh
+from gemel.train.parallel.mesh import Axis, Mesh
 from gemel.train.parallel.sums import Bucket, Slice, Sums, add_up, buckets, unpack
 
 Named = Mapping[str, nn.Parameter]
@@ -86,8 +87,9 @@ class Everything:
 class _Owned:
     """Each of the ranks of `mesh.shards` moves a share of the weights."""
 
-    def __init__(self, named: Named, mesh: Mesh, speaks: Mapping[str, bool], slices: Mapping[int, list[Slice]]):
-        self._named, self._mesh, self._slices = named, mesh, slices
+    def __init__(self, named: Named, mesh: Mesh, homes: Homes, speaks: Mapping[str, bool], slices: Mapping[int, list[Slice]]):
+        self._named, self._mesh, self._homes, self._slices = named, mesh, homes, slices
+        self._buckets = [bucket for owner in sorted(slices, reverse=True) for bucket in buckets(slices[owner], owner)]
         self.pieces: dict[str, Piece] = {}
         for one in slices[mesh.shards.rank]:
             whole = one.stop - one.start == one.parameter.numel()
@@ -102,14 +104,9 @@ class _Owned:
         for parameter in (*self._named.values(), *(piece.tensor for piece in self.pieces.values())):
             parameter.grad = None
         axis = self._mesh.shards
-        for owner, slices in self._slices.items():
-            parts = [one.parameter.detach().view(-1)[one.start : one.stop] for one in slices]
-            if not parts:
-                continue
-            flat = torch.cat(parts)
-            dist.broadcast(flat, group=axis.group, group_src=owner)
-            if owner != axis.rank:
-                torch._foreach_copy_(parts, list(torch.split(flat, [len(part) for part in parts])))
+        for bucket in self._buckets:
+            with self._homes.visiting([one.parameter.detach() for one in bucket.slices]):
+                _tell(bucket, axis)
 
     @torch.no_grad()
     def put(self, name: str, part: Tensor, write: Write) -> None:
@@ -120,8 +117,8 @@ class _Owned:
 class OwnedStates(_Owned):
     """All ranks have all gradients, and each has the optimizer's states of its share."""
 
-    def __init__(self, named: Named, mesh: Mesh, speaks: Mapping[str, bool], slices: Mapping[int, list[Slice]]):
-        super().__init__(named, mesh, speaks, slices)
+    def __init__(self, named: Named, mesh: Mesh, homes: Homes, speaks: Mapping[str, bool], slices: Mapping[int, list[Slice]]):
+        super().__init__(named, mesh, homes, speaks, slices)
         self._sums = _to_all(named, mesh)
 
     def backward(self, last: bool) -> AbstractContextManager[None]:
@@ -141,10 +138,9 @@ class OwnedStates(_Owned):
 class OwnedGradients(_Owned):
     """Each rank has the gradients and the optimizer's states of its share."""
 
-    def __init__(self, named: Named, mesh: Mesh, speaks: Mapping[str, bool], slices: Mapping[int, list[Slice]]):
-        super().__init__(named, mesh, speaks, slices)
-        made = [bucket for owner in sorted(slices, reverse=True) for bucket in buckets(slices[owner], owner)]
-        self._sums = Sums(made, mesh.shards, self._add, free=True)
+    def __init__(self, named: Named, mesh: Mesh, homes: Homes, speaks: Mapping[str, bool], slices: Mapping[int, list[Slice]]):
+        super().__init__(named, mesh, homes, speaks, slices)
+        self._sums = Sums(self._buckets, mesh.shards, self._add, free=True)
         self._pending = True  # whether gradients may lie here that have not gone to their owners
 
     @contextmanager
@@ -169,6 +165,15 @@ class OwnedGradients(_Owned):
         if self._mesh.replicate.size > 1 and grads:
             add_up(list(grads.values()), self._mesh.replicate)
         return grads
+
+
+def _tell(bucket: Bucket, axis: Axis) -> None:
+    """What an owner has now, everywhere."""
+    parts = [one.parameter.detach().view(-1)[one.start : one.stop] for one in bucket.slices]
+    flat = torch.cat(parts)
+    dist.broadcast(flat, group=axis.group, group_src=bucket.owner)
+    if bucket.owner != axis.rank:
+        torch._foreach_copy_(parts, list(torch.split(flat, [len(part) for part in parts])))
 
 
 def _to_all(named: Named, mesh: Mesh) -> Sums:

@@ -25,6 +25,7 @@ from gemel.model.build import LoadedModel
 from gemel.model.model import Model
 from gemel.train import optim, precision, recompute, stability
 from gemel.train.batch import Batch
+from gemel.train.offload import Homes
 from gemel.train.optim import Optimizer
 from gemel.train.parallel import data, layout, matrices, sharded, tensor, vocabulary
 from gemel.train.parallel.collectives import enter, keep_own
@@ -45,8 +46,8 @@ class Ranks:
     counts        whether this process counts the tokens of its batches: one of those that see the same
     """
 
-    def __init__(self, recipe: TrainRecipe, loaded: LoadedModel, mesh: Mesh):
-        self._config, self._mesh, self._loaded, model = recipe.parallel, mesh, loaded, loaded.model
+    def __init__(self, recipe: TrainRecipe, loaded: LoadedModel, mesh: Mesh, homes: Homes):
+        self._config, self._mesh, self._homes, self._loaded, model = recipe.parallel, mesh, homes, loaded, loaded.model
         self._model, self._cuts = model, shard.cuts(model)
         self._hull = model if mesh.num_ranks == 1 else _hull(model)
         self.parameters = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters() if p.requires_grad}
@@ -91,7 +92,7 @@ class Ranks:
             shapes = {name: self._cuts[name].shape_of(0, mesh.tensor.size) for name in here}
             sizes = {name: shape.numel() for name, shape in shapes.items() if shape is not None}
             kind = data.OwnedStates if zero == "optimizer" else data.OwnedGradients
-            gradients = kind(named, mesh, speaks, data.shares(named, sizes, whole, mesh.shards.size))
+            gradients = kind(named, mesh, self._homes, speaks, data.shares(named, sizes, whole, mesh.shards.size))
         return matrices.put_together(gradients, [name for name in here if name in whole], self._cuts, mesh, by_rows)
 
     # --- batches and their loss ------------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ class Ranks:
         """The model as if it were of one process, on rank 0; elsewhere something of no use. All ranks must call it."""
         if self._mesh.num_ranks == 1:
             return self._loaded
-        found = self.gathered({name: piece.tensor for name, piece in self.gradients.pieces.items()})
+        found = self.gathered({name: self._homes.at_home(piece.tensor.detach()) for name, piece in self.gradients.pieces.items()})
         weights = {id(p): nn.Parameter(found.get(name, p), requires_grad=False) for name, p in self._hull.named_parameters()}
         return replace(self._loaded, model=copy.deepcopy(self._hull, weights))
 
