@@ -56,19 +56,20 @@ IN_MEMORY = {"offload": {"optimizer": {"kind": "cpu"}, "parameters": {"kind": "c
 ON_DISK = {"offload": {"optimizer": {"kind": "disk"}, "parameters": {"kind": "disk"}}, "save__asynchronous": False}
 STATE_ON_DISK = {"offload": {"optimizer": {"kind": "disk"}}, "save__asynchronous": False}
 STOCHASTIC = NARROW | {"optim__weights": "stochastic", "optim__state": "bf16"}
+SELECTIVE = {"activations": {"kind": "selective"}}
 PAIRS = {"activations": {"kind": "recompute", "blocks": 2}}
 CASES: dict[int, dict[str, Case]] = {
     2: {
         "dp": Case("gqa", {"replicate": 2}, "zero3", steps=20),
         "zero1": Case("learned", {"shard": 2, "zero": "optimizer"}, "sp"),
         "zero2": Case("gqa", {"shard": 2, "zero": "gradients"}, "tp", DROPOUT | {"optim__clip": {"kind": "adagc", "warmup": 3}}),
-        "zero3": Case("learned", ZERO3, "sp", DROPOUT | PAIRS),
+        "zero3": Case("learned", ZERO3, "sp", DROPOUT | PAIRS | STATE_ON_DISK),
         "zero3_master": Case("gqa", ZERO3, "tp", NARROW | {"optim__weights": "master", "optim__method": {"kind": "muon"}}, exact=True),
         "zero3_stochastic": Case(
             "gqa", ZERO3, "dp", NARROW | {"optim__weights": "stochastic", "optim__state": "bf16"} | DROPOUT, exact=True
         ),
         "zero3_adafactor": Case("learned", ZERO3, "sp", {"optim__method": {"kind": "adafactor"}}),
-        "zero3_int8": Case("gqa", ZERO3, "tp", UNCLIPPED | STATE_ON_DISK | {"optim__state": "int8"}, exact=True),
+        "zero3_int8": Case("gqa", ZERO3, "tp", UNCLIPPED | SELECTIVE | STATE_ON_DISK | {"optim__state": "int8"}, exact=True),
         "tp": Case("gqa", {"tensor": 2}, "zero2", steps=20),
         "sp": Case("learned", {"tensor": 2, "sequence": True}, "zero1", {"loss": {"z_loss": 1e-2, "label_smoothing": 0.1}}),
         "sp_qk": Case("qk_norm", {"tensor": 2, "sequence": True}, "dp", DROPOUT | {"activations": {"kind": "recompute"}}),
@@ -76,8 +77,8 @@ CASES: dict[int, dict[str, Case]] = {
         "tp_muon": Case("gqa", {"tensor": 2}, "zero2", {"optim__method": {"kind": "muon"}, "optim__state": "int8"}),
         "ring": Case("window", {"context": {"kind": "ring", "size": 2}}, "pp", DROPOUT),
         "ulysses": Case("gqa", {"context": {"kind": "ulysses", "size": 2}}, "dp"),
-        "pp": Case("window", {"pipeline": {"kind": "1f1b", "stages": 2}}, "ring", DROPOUT | PAIRS),
-        "zb": Case("learned", {"pipeline": {"kind": "zero_bubble", "stages": 2}}, "zero2", {"loss": {"z_loss": 1e-2}}),
+        "pp": Case("window", {"pipeline": {"kind": "1f1b", "stages": 2}}, "ring", DROPOUT | PAIRS | STATE_ON_DISK),
+        "zb": Case("learned", {"pipeline": {"kind": "zero_bubble", "stages": 2}}, "zero2", SELECTIVE | {"loss": {"z_loss": 1e-2}}),
         "muon": Case("gqa", {"shard": 2, "zero": "gradients"}, "dp", IN_MEMORY | {"optim__method": {"kind": "muon"}}),
         "on_disk": Case("gqa", {"shard": 2, "zero": "optimizer"}, "dp", ON_DISK),
     },
