@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gemel.config.errors import CheckpointError, ConfigError
-from gemel.config.train import BatchConfig, Packing
+from gemel.config.sources import BatchConfig, Packing
 from gemel.data.shards import TokenShards
 from gemel.train.batch import TRAINED, Batch
 from gemel.train.documents import ConversationDocuments, ShardDocuments, hold_out

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gemel.config.compute import FP8
 from gemel.config.errors import ConfigError, UnsupportedError
-from gemel.config.train import FP8
 from gemel.model.build import load
 from gemel.train import metrics, precision
 from tests import tiny

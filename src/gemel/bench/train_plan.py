@@ -16,9 +16,10 @@ import math
 from dataclasses import dataclass
 
 from gemel.bench.roofline import Rates
+from gemel.config.compute import FP32, KeepActivations, RecomputeBlocks, SelectiveRecompute
 from gemel.config.model import ModelConfig, SwiGLU
 from gemel.config.optim import AdamW, OptimConfig
-from gemel.config.train import FP32, KeepActivations, RecomputeBlocks, SelectiveRecompute, TrainRecipe
+from gemel.config.train import TrainRecipe
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 SLICE_BYTES = 2**25  # of logits: with fewer rows products are slow

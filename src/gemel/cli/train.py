@@ -101,11 +101,12 @@ def table(trials: Sequence[Trial]) -> str:
 def read(args: argparse.Namespace) -> TrainRecipe:
     """The recipe with what the command line puts over it, and a model's name turned into its path. Errors: `GemelError`."""
     from gemel.config import train as config
+    from gemel.config.sources import PretrainedModel
     from gemel.llm import store
 
     recipe = config.load(args.recipe, args.settings)
     changes: dict[str, object] = {"out": Path(args.output)} if args.output else {}
-    if isinstance(recipe.model, config.PretrainedModel):
+    if isinstance(recipe.model, PretrainedModel):
         changes["model"] = recipe.model.model_copy(update={"path": store.resolve(str(recipe.model.path))})
     return recipe.model_copy(update=changes)
 

@@ -13,173 +13,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from gemel.config.base import Config
+from gemel.config.compute import (
+    BF16,
+    FP8,
+    FP32,
+    Activations,
+    Compile,
+    CompileBlocks,
+    KeepActivations,
+    NoCompile,
+    OffloadConfig,
+    Precision,
+    Resident,
+    SelectiveRecompute,
+    TileOutputs,
+    Tiling,
+    Untiled,
+)
 from gemel.config.data.pipeline import put
 from gemel.config.errors import ConfigError
-from gemel.config.model import ModelConfig
 from gemel.config.optim import OptimConfig, StabilityConfig
 from gemel.config.parallel import ParallelConfig
-from gemel.config.tokenizer import TrainConfig
-
-
-class PretrainedModel(Config):
-    """A model to go on from.
-
-    path  Hugging Face directory or .gguf file
-    """
-
-    kind: Literal["pretrained"]
-    path: Path
-
-
-class NewModel(Config):
-    """A model with random weights: normal with standard deviation `std`, matrices that write into the residual stream with less, by
-    1 / sqrt(2 layers), so that the stream does not grow with depth (GPT-2).
-    """
-
-    kind: Literal["new"]
-    config: ModelConfig
-    std: PositiveFloat = 0.02
-
-
-Model = Annotated[PretrainedModel | NewModel, Field(discriminator="kind")]
-
-
-class LoadedTokenizer(Config):
-    """A tokenizer that exists.
-
-    path  folder with a tokenizer.json, or a .gguf file
-    """
-
-    kind: Literal["pretrained"]
-    path: Path
-
-
-class LearntTokenizer(Config):
-    """A tokenizer that is learnt first, from all sources of kind `documents`.
-
-    config           see `TrainConfig`
-    end_of_document  which of its special tokens ends a document
-    """
-
-    kind: Literal["learnt"]
-    config: TrainConfig = TrainConfig()
-    end_of_document: str = "<|endoftext|>"
-
-    @model_validator(mode="after")
-    def _ends(self) -> Self:
-        if self.end_of_document not in self.config.special_tokens:
-            raise ValueError(f"end_of_document = {self.end_of_document!r} is not among special_tokens = {self.config.special_tokens!r}")
-        return self
-
-
-TokenizerSource = Annotated[LoadedTokenizer | LearntTokenizer, Field(discriminator="kind")]
-Packing = Literal["cut", "best_fit"]
-
-
-class Source(Config):
-    """What all sources share.
-
-    name    what metrics call it; empty takes the last part of its path
-    weight  its share of what is trained, relative to the other sources' weights
-    """
-
-    name: str = ""
-    weight: PositiveFloat = 1.0
-
-
-class ShardSource(Source):
-    """Token shards, as `gemel data` writes them with output.kind = "tokens".
-
-    path     folder of them
-    packing  cut: documents run on from one sequence into the next; best_fit: those that fit into a sequence stay whole
-    """
-
-    kind: Literal["shards"]
-    path: Path
-    packing: Packing = "cut"
-
-
-class DocumentSource(Source):
-    """Text, through a data recipe whose output is JSON lines, tokenized when the run begins.
-
-    recipe           the data recipe
-    packing          see `ShardSource`
-    end_of_document  special token that ends each of them; None takes the tokenizer's EOS
-    """
-
-    kind: Literal["documents"]
-    recipe: Path
-    packing: Packing = "cut"
-    end_of_document: str | None = None
-
-
-class ConversationSource(Source):
-    """Conversations, as `gemel data sft` writes them. Trained is what the assistant says, and the token that ends it.
-
-    They are packed whole.
-
-    paths     files of JSON lines
-    too_long  what becomes of conversations longer than a sequence: drop them, or cut off their end; either is reported
-    """
-
-    kind: Literal["conversations"]
-    paths: Annotated[tuple[Path, ...], Field(min_length=1)]
-    too_long: Literal["drop", "cut"] = "drop"
-
-
-AnySource = Annotated[ShardSource | DocumentSource | ConversationSource, Field(discriminator="kind")]
-
-
-class DataConfig(Config):
-    """What is learnt from, and what is only looked at.
-
-    train       sources, mixed by weight
-    validation  sources that are not trained
-    holdout     share of each training source's documents that is kept for validation instead
-    """
-
-    train: Annotated[tuple[AnySource, ...], Field(min_length=1)]
-    validation: tuple[AnySource, ...] = ()
-    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-
-class BatchConfig(Config):
-    """How much is learnt at once, in tokens.
-
-    tokens        of one step of the optimizer
-    micro_tokens  the most that goes through the model at once: memory grows with it, results do not depend on it. None takes all that a
-                  rank has of `tokens`
-    sequence      the most that a document may see of itself; no more than the model has positions
-    """
-
-    tokens: PositiveInt
-    sequence: PositiveInt
-    micro_tokens: PositiveInt | None = None
-
-    @property
-    def sequences(self) -> int:
-        """In a step."""
-        return self.tokens // self.sequence
-
-    @property
-    def micro_sequences(self) -> int:
-        """In a micro-batch."""
-        return (self.micro_tokens or self.tokens) // self.sequence
-
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        micro_tokens = self.micro_tokens or self.tokens
-        if micro_tokens % self.sequence:
-            near = max(micro_tokens // self.sequence, 1) * self.sequence
-            name = "tokens" if self.micro_tokens is None else "micro_tokens"
-            raise ValueError(f"{name} = {micro_tokens} is not a multiple of sequence = {self.sequence}; {near} is")
-        if self.tokens % micro_tokens:
-            near = -(-self.tokens // micro_tokens) * micro_tokens
-            raise ValueError(f"tokens = {self.tokens} is not a multiple of micro_tokens = {micro_tokens}; {near} is")
-        return self
+from gemel.config.sources import BatchConfig, DataConfig, DocumentSource, LearntTokenizer, Model, NewModel, TokenizerSource
 
 
 class LossConfig(Config):
@@ -194,125 +52,6 @@ class LossConfig(Config):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-class FP32(Config):
-    """Everything in fp32."""
-
-    kind: Literal["fp32"] = "fp32"
-
-
-class BF16(Config):
-    """Products in bf16, sums over them, norms and the loss in fp32."""
-
-    kind: Literal["bf16"]
-
-
-class FP16(Config):
-    """As bf16 with fp16, whose range is small: the loss is scaled so that gradients stay within it (Micikevicius et al. 2018,
-    arXiv 1710.03740).
-
-    initial_scale   of the loss; halved whenever a gradient overflows, whose step is left out
-    growth_steps    doubled after so many steps without an overflow
-    """
-
-    kind: Literal["fp16"]
-    initial_scale: PositiveFloat = 2.0**16
-    growth_steps: PositiveInt = 2000
-
-
-class FP8(Config):
-    """As bf16, with products of the blocks in fp8, forwards and backwards, which needs the package torchao and a GPU that has such products
-    (Micikevicius et al. 2022, arXiv 2209.05433). Worth it for large matrices, and only together with `compile`.
-
-    scaling  one scale for a whole tensor, or one for each of its rows, which loses less and costs more
-    """
-
-    kind: Literal["fp8"]
-    scaling: Literal["tensorwise", "rowwise"] = "tensorwise"
-
-
-Precision = Annotated[FP32 | BF16 | FP16 | FP8, Field(discriminator="kind")]
-
-
-class KeepActivations(Config):
-    """All activations are kept for the backward pass."""
-
-    kind: Literal["none"] = "none"
-
-
-class RecomputeBlocks(Config):
-    """Only the input of every `blocks` blocks is kept, the rest is computed again (Chen et al. 2016, arXiv 1604.06174).
-
-    blocks  1 recomputes each block on its own; more keep fewer inputs, and hold more at once while going back; "sqrt" takes the square
-            root of their number, where both are least
-    """
-
-    kind: Literal["recompute"]
-    blocks: PositiveInt | Literal["sqrt"] = 1
-
-    def size(self, num_blocks: int) -> int:
-        """Of each group, but perhaps the last."""
-        return round(math.sqrt(num_blocks)) if self.blocks == "sqrt" else min(self.blocks, num_blocks)
-
-
-class SelectiveRecompute(Config):
-    """Results of matrix products and attention are kept, the cheap rest of each block is computed again (Korthikanti et al. 2022,
-    arXiv 2205.05198).
-    """
-
-    kind: Literal["selective"]
-
-
-Activations = Annotated[KeepActivations | RecomputeBlocks | SelectiveRecompute, Field(discriminator="kind")]
-
-
-class NoCompile(Config):
-    """The model runs as it is written."""
-
-    kind: Literal["none"] = "none"
-
-
-class CompileBlocks(Config):
-    """Blocks are compiled by torch (Ansel et al. 2024), attention apart: about a minute on a CPU, which needs a C++ compiler, for the first
-    run of its kind on a machine, seconds after that, for what was compiled is kept in the cache folder. Sums may be in another order.
-    """
-
-    kind: Literal["blocks"]
-
-
-Compile = Annotated[NoCompile | CompileBlocks, Field(discriminator="kind")]
-
-
-class Untiled(Config):
-    """Products as they are."""
-
-    kind: Literal["none"] = "none"
-
-
-class TileOutputs(Config):
-    """Large products are done in parts of their outputs, so that what is made of a weight besides itself, such as its copy in bf16, exists
-    for one part at a time (memory-centric tiling, Rajbhandari et al. 2021, arXiv 2104.07857).
-
-    match  shell pattern of the names of matrices
-    tiles  parts of each
-    """
-
-    kind: Literal["outputs"]
-    match: Annotated[str, Field(min_length=1)] = "layers.*"
-    tiles: Annotated[int, Field(ge=2)] = 4
-
-
-class TileTokens(Config):
-    """Feed-forwards take so many tokens at a time, and their inner activations, the widest of a block, are computed again for the backward
-    pass: they are there for one tile at a time (Bekman et al. 2025, arXiv 2506.13996).
-    """
-
-    kind: Literal["tokens"]
-    tokens: PositiveInt = 1024
-
-
-Tiling = Annotated[Untiled | TileOutputs | TileTokens, Field(discriminator="kind")]
-
-
 class DropoutConfig(Config):
     """What share of numbers is zero, others at random in every step, the rest as much larger (Srivastava et al. 2014). Not when validating.
 
@@ -322,47 +61,6 @@ class DropoutConfig(Config):
 
     embedding: Annotated[float, Field(ge=0, lt=1)] = 0.0
     residual: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-
-class Resident(Config):
-    """Where it is used: in the device's memory."""
-
-    kind: Literal["none"] = "none"
-
-
-class ToMemory(Config):
-    """In the CPU's memory, for devices that have less of their own."""
-
-    kind: Literal["cpu"]
-
-
-class ToDisk(Config):
-    """In files, which should lie on a fast disk. They need no care: a run that was killed leaves none behind.
-
-    folder  of these files; None takes work/offload in the run's folder
-    """
-
-    kind: Literal["disk"]
-    folder: Path | None = None
-
-
-Where = Annotated[Resident | ToMemory | ToDisk, Field(discriminator="kind")]
-
-
-class OffloadConfig(Config):
-    """What lives elsewhere and comes when it is needed, the next while one is worked on. No bit of the result depends on it.
-
-    optimizer   what the optimizer keeps
-    parameters  those of the blocks
-    """
-
-    optimizer: Where = Resident()
-    parameters: Where = Resident()
-
-    @property
-    def to_disk(self) -> bool:
-        """Whether anything lives in files."""
-        return isinstance(self.optimizer, ToDisk) or isinstance(self.parameters, ToDisk)
 
 
 class ValidationConfig(Config):

@@ -16,9 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gemel.config.compute import Compile, NoCompile
 from gemel.config.env import env
 from gemel.config.errors import UnsupportedError
-from gemel.config.train import Compile, NoCompile
 from gemel.model.attend import Attend
 from gemel.model.attention import Rotation
 from gemel.model.model import Model

@@ -22,7 +22,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from gemel.config.errors import CheckpointError, ConfigError
-from gemel.config.train import BatchConfig, Packing
+from gemel.config.sources import BatchConfig, Packing
 from gemel.data import pack
 from gemel.data.pack import BestFit, Cut, Packed
 from gemel.train.batch import Batch

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from gemel.config.compute import OffloadConfig, Resident, ToDisk, ToMemory
 from gemel.config.errors import ConfigError, UnsupportedError
-from gemel.config.train import OffloadConfig, Resident, ToDisk, ToMemory
 from gemel.model.attend import Attend
 from gemel.model.attention import Rotation
 from gemel.model.build import LoadedModel

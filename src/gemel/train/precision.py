@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from gemel.config.compute import BF16, FP8, FP16, FP32, Precision
 from gemel.config.errors import ConfigError, UnsupportedError
 from gemel.config.optim import OptimConfig
-from gemel.config.train import BF16, FP8, FP16, FP32, Precision
 from gemel.model.leaves.linear import Linear, replace
 from gemel.model.model import Model
 

@@ -22,8 +22,7 @@ import xxhash
 from gemel.config.data import pipeline
 from gemel.config.data.pipeline import Input, JsonlInput, JsonlOutput, Recipe, TokensOutput
 from gemel.config.errors import ConfigError, RequestError
-from gemel.config.tokenizer import TrainConfig
-from gemel.config.train import (
+from gemel.config.sources import (
     AnySource,
     ConversationSource,
     DocumentSource,
@@ -31,8 +30,9 @@ from gemel.config.train import (
     LoadedTokenizer,
     PretrainedModel,
     ShardSource,
-    TrainRecipe,
 )
+from gemel.config.tokenizer import TrainConfig
+from gemel.config.train import TrainRecipe
 from gemel.data import build, manifest
 from gemel.data.document import Dropped
 from gemel.data.pipeline import Job

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from gemel.config.train import Activations, KeepActivations, RecomputeBlocks, SelectiveRecompute
+from gemel.config.compute import Activations, KeepActivations, RecomputeBlocks, SelectiveRecompute
 from gemel.model.attend import Attend
 from gemel.model.attention import Rotation
 from gemel.ops import triton

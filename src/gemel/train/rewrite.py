@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from gemel.config.train import FP8, TrainRecipe
+from gemel.config.compute import FP8
+from gemel.config.train import TrainRecipe
 from gemel.model.model import Model
 from gemel.train import compile as compiling
 from gemel.train import dropout, offload, precision, recompute, tiling

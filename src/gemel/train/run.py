@@ -14,7 +14,8 @@ from torch import nn
 from gemel.config import env
 from gemel.config import train as config
 from gemel.config.errors import ConfigError
-from gemel.config.train import NewModel, PretrainedModel, TrainRecipe
+from gemel.config.sources import NewModel, PretrainedModel
+from gemel.config.train import TrainRecipe
 from gemel.data import manifest
 from gemel.model import build
 from gemel.model.build import LoadedModel

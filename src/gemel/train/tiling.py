@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gemel.config.train import TileOutputs, TileTokens, Tiling, Untiled
+from gemel.config.compute import TileOutputs, TileTokens, Tiling, Untiled
 from gemel.model.leaves.linear import Linear, replace
 from gemel.model.model import Model
 

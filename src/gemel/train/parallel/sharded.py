@@ -15,9 +15,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from gemel.config.compute import Activations, RecomputeBlocks
 from gemel.config.errors import ConfigError
 from gemel.config.optim import OptimConfig
-from gemel.config.train import Activations, RecomputeBlocks
 from gemel.model.model import Model
 from gemel.train.parallel.data import Write
 from gemel.train.parallel.layout import Piece
