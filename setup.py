@@ -10,6 +10,8 @@ import os
 import platform
 import shlex
 import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,21 +31,38 @@ VARIANTS = {
 VARIANTS["AMD64"], VARIANTS["arm64"] = VARIANTS["x86_64"], VARIANTS["aarch64"]
 
 
-def compile_variant(name: str, flags: str, target: Path) -> str | None:
-    """Compile one library, unless it is newer than its sources; the reason if that failed."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
+def compile_all(variants: Mapping[str, str], target: Path) -> dict[str, str]:
+    """Compile the libraries that are not newer than their sources, every file on its own, to use all cores; of those that failed, why."""
     target.mkdir(parents=True, exist_ok=True)
-    made, library = target / f".{name}.{os.getpid()}.so", target / f"{name}.so"
-    if library.exists() and library.stat().st_mtime > max(path.stat().st_mtime for path in [Path(__file__), *SOURCES.glob("*.[ch]*")]):
-        return None
-    command = [*compiler, *COMMON.split(), *flags.split(), *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
+    changed = max(path.stat().st_mtime for path in [Path(__file__), *SOURCES.glob("*.[ch]*")])
+    reasons = {}
+    with tempfile.TemporaryDirectory() as drafts, ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {}
+        for name, flags in variants.items():
+            if not (library := target / f"{name}.so").exists() or library.stat().st_mtime < changed:
+                objects = {Path(drafts) / f"{name}.{source.stem}.o": source for source in SOURCES.glob("*.cpp")}
+                jobs[name] = {made: pool.submit(_compile, flags, ["-c", source], made) for made, source in objects.items()}
+        for name, made in jobs.items():
+            draft = target / f".{name}.{os.getpid()}.so"
+            failed = next(filter(None, (job.result() for job in made.values())), None)
+            if reason := failed or _compile(variants[name], made, draft):
+                reasons[name] = reason
+            else:
+                draft.replace(target / f"{name}.so")  # never half a library, and never under the feet of a process that has it loaded
+    return reasons
+
+
+def _compile(flags: str, inputs: Iterable[str | Path], made: Path) -> str | None:
+    """Run the compiler; the reason if it failed."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*compiler, *COMMON.split(), *flags.split(), *map(str, inputs), "-o", str(made)], capture_output=True, text=True, check=False
+        )
     except OSError as error:
         return f"{compiler[0]}: {error.strerror}"
     if done.returncode:
         return next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-300:])
-    made.replace(library)  # never half a library, and never under the feet of a process that has it loaded
     return None
 
 
@@ -55,11 +74,8 @@ class Build(build_py):
         super().run()
         target = SOURCES if self.editable_mode else Path(self.build_lib) / "gemel/ops/cpu"
         variants = VARIANTS.get(platform.machine(), {"generic": ""})
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            reasons = dict(zip(variants, pool.map(lambda item: compile_variant(*item, target), variants.items()), strict=True))
-        for name, reason in reasons.items():
-            if reason:
-                print(f"warning: CPU kernels {name!r} were not compiled ({reason}); without any, steps run several times slower in torch")
+        for name, reason in compile_all(variants, target).items():
+            print(f"warning: CPU kernels {name!r} were not compiled ({reason}); without any, steps run several times slower in torch")
 
 
 class Native(Distribution):

@@ -42,7 +42,7 @@ def test_figures_are_worked_out_of_steps_that_are_timed() -> None:
 
 
 def test_levers_are_compared_above_the_interpreter() -> None:
-    lever = {"selective": train_levers.LEVERS["selective"]}
+    lever = {"recompute": train_levers.LEVERS["recompute"]}
     [row] = train_levers.figures(lever, ours([9.0, 0.5, 0.5]), [ours([9.0, 0.6, 0.6], peak_mb=200)], WORK)
     assert (row["memory"], row["time"]) == (0.5, pytest.approx(1.2))
     assert row["pinned"] == 0.5 and "50%     50%  1.20x" in train_levers.table([row])
@@ -104,8 +104,11 @@ def test_plans_by_hand(tmp_path: Path) -> None:
     plain = train_plan.plan(train_step.recipe(job(tmp_path), 4, 64), config, 5e8, rates, "float32")
     assert plain.step_s == pytest.approx(0.5 + num * (2 * 12 + 4) / 1e9)
     assert [plain.memory_bytes[name] for name in ("weights", "gradients", "state", "casts")] == [4 * num, 4 * num, 8 * num, 0]
-    # two norms' inputs and two of products, q, k, v and what comes of them with a sum per head, gate, up and their product
-    assert plain.memory_bytes["activations"] == 256 * 2 * (4 * (4 * 64 + 2 * 64 + 2 * 32 + 3 * 128) + 4 * 4)
+    # two norms' inputs, q, k, v and what comes of them with a sum per head, gate, up; of one block norms' results and what down reads
+    kept, again = 4 * (2 * 64 + 2 * 64 + 2 * 32 + 2 * 128) + 4 * 4, 4 * (2 * 64 + 128)
+    assert plain.memory_bytes["activations"] == 256 * (2 * kept + again)
+    whole = train_step.recipe(job(tmp_path, settings=("activations={kind='none'}",)), 4, 64)
+    assert train_plan.plan(whole, config, 5e8, rates, "float32").memory_bytes["activations"] == 256 * 2 * (kept + again)
     narrow = train_step.recipe(job(tmp_path, precision="bf16", settings=("optim.state=int8",)), 4, 64)
     memory = train_plan.plan(narrow, config, 5e8, rates, "float32").memory_bytes
     assert [memory[name] for name in ("weights", "gradients", "state", "casts")] == [2 * num, 2 * num, 4 * num, 0]

@@ -50,5 +50,5 @@ def test_what_cannot_be_compiled_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"needs a C\+\+ compiler"):
         trainer(tmp_path, **BLOCKS)
-    with pytest.raises(ConfigError, match=r"set activations\.kind = 'none' or 'recompute', or leave compile out"):
+    with pytest.raises(ConfigError, match=r"leave activations or compile out"):
         runs.recipe(tmp_path, activations={"kind": "selective"}, **BLOCKS)

@@ -159,17 +159,20 @@ class Calls(TorchDispatchMode):
 
 
 def test_selective_recomputes_only_what_is_cheap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch: a model with GELU."""
+    aten = torch.ops.aten
     monkeypatch.setattr(training, "kernels", lambda: None)
     counts = {}
     for kind in ("none", "selective", "recompute"):
+        made = trainer(tmp_path, loaded=tiny.build("learned"), activations={"kind": kind})
         with Calls() as calls:
-            gradients(trainer(tmp_path, activations={"kind": kind}), runs.batch(*DOCUMENTS))
-        counts[kind] = calls.counts
-    attention, cheap = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops.aten.silu.default
-    times = {kind: (found[attention] / counts["none"][attention], found[cheap] / counts["none"][cheap]) for kind, found in counts.items()}
-    assert times == {"none": (1, 1), "selective": (1, 2), "recompute": (2, 2)}
-    products = {kind: found[torch.ops.aten.mm.default] for kind, found in counts.items()}
-    assert products["none"] == products["selective"] < products["recompute"]
+            gradients(made, runs.batch(*DOCUMENTS))
+        counts[kind] = Counter({operation: count for operation, count in calls.counts.items() if operation is not aten.detach.default})
+    extra = {kind: found - counts["none"] for kind, found in counts.items()}
+    cheap = {aten.gelu.default: 2}
+    assert extra["selective"] == cheap
+    assert cheap.items() <= extra["recompute"].items()
+    assert extra["recompute"][aten.addmm.default] == 2 * 3  # nobody needs the result of a block's last
 
 
 def test_selective_recomputes_only_what_is_cheap_natively(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,10 +187,10 @@ def test_selective_recomputes_only_what_is_cheap_natively(tmp_path: Path, monkey
         counts[kind] = calls
     layers, products = 2, 4
     extra = {kind: found - counts["none"] for kind, found in counts.items()}
-    norms = {"gemel_rms_norm_forward": 2 * layers, "gemel_rope_turn": layers, "gemel_swiglu_run": layers}
-    costly = {"gemel_gemm": layers * products, "gemel_packed_attention_forward": layers}
-    assert extra["selective"] == norms
-    assert extra["recompute"] == norms | costly
+    cheap = {"gemel_rms_norm_forward": 2 * layers, "gemel_swiglu_run": layers}
+    rest = {"gemel_rope_turn": layers, "gemel_gemm": layers * products, "gemel_packed_attention_forward": layers}
+    assert extra["selective"] == cheap
+    assert extra["recompute"] == cheap | rest
 
 
 def test_selective_keeps_less(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class Product:
         reference = ctypes.byref(self._weight)
         self.packed = torch.zeros(int(team.library.gemel_packed_bytes(reference)), dtype=torch.uint8)
         scales = None if self.scales is None else self.scales.data_ptr()
-        team.library.gemel_pack(reference, self.values.data_ptr(), scales, None, self.packed.data_ptr())
+        team.library.gemel_pack(None, reference, self.values.data_ptr(), scales, None, self.packed.data_ptr())
         self._weight.packed = self.packed.data_ptr()
 
     def another(self) -> Product:

@@ -30,7 +30,7 @@ LEVERS = {
     "recompute": Lever(("activations={kind='recompute'}",), "5-10x less activation memory for 30% more time (arXiv 1604.06174)"),
     "recompute-2": Lever(("activations={kind='recompute',blocks=2}",), "between each block and sqrt(n)"),
     "recompute-sqrt": Lever(("activations={kind='recompute',blocks='sqrt'}",), "activation memory of O(sqrt n) (arXiv 1604.06174)"),
-    "selective": Lever(("activations={kind='selective'}",), "most of the memory for under 10% of the time of full (arXiv 2205.05198)"),
+    "keep": Lever(("activations={kind='none'}",), "without `selective`, which is the default and recomputes norms and gates"),
     "accumulate": Lever(("batch.micro_tokens=SEQUENCE",), "activations of one micro-batch, no other cost"),
     "state-bf16": Lever(("optim.state='bf16'",), "half of Adam's 8 bytes per parameter"),
     "state-int8": Lever(("optim.state='int8'",), "a quarter of Adam's 8 bytes per parameter (arXiv 2110.02861)"),

@@ -78,14 +78,13 @@ def activation_bytes(recipe: TrainRecipe, model: ModelConfig) -> float:
     width, heads, kv = model.width, model.num_heads * model.head_width, model.num_kv_heads * model.head_width
     inputs = 2 if isinstance(model.ffn, SwiGLU) else 1
     attention = product * (2 * heads + 2 * kv) + 4 * model.num_heads
-    ffn = product * (inputs + 1) * model.ffn_width
-    block = 2 * stream * width + 2 * product * width + attention + ffn
+    kept = 2 * stream * width + attention + product * inputs * model.ffn_width
+    again = product * (2 * width + model.ffn_width)  # results of norms, and what the second product of a feed-forward reads
     match recipe.activations:
         case KeepActivations():
-            return float(model.num_layers * block)
+            return float(model.num_layers * (kept + again))
         case RecomputeBlocks():
             size = recipe.activations.size(model.num_layers)
-            return float(math.ceil(model.num_layers / size) * stream * width + size * block)
+            return float(math.ceil(model.num_layers / size) * stream * width + size * (kept + again))
         case SelectiveRecompute():
-            results = attention + product * (2 * width + inputs * model.ffn_width)
-            return float(model.num_layers * (stream * width + results) + block)
+            return float(model.num_layers * kept + again)

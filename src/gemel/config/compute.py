@@ -75,8 +75,9 @@ class RecomputeBlocks(Config):
 
 
 class SelectiveRecompute(Config):
-    """Results of matrix products and attention are kept, the cheap rest of each block is computed again (Korthikanti et al. 2022,
-    arXiv 2205.05198).
+    """Results of norms and of what lies between the two products of a feed-forward are computed again, which is quick; all else is kept.
+
+    That goes for RMSNorm and SwiGLU where they are native or Triton's, and for GELU.
     """
 
     kind: Literal["selective"]

@@ -37,7 +37,7 @@ TRAINING = (
     Lever("checkpoint.each", ("activations={kind='recompute'}",), "activations", _TWICE, exact=True),
     Lever("checkpoint.pairs", ("activations={kind='recompute',blocks=2}",), "activations", _TWICE, exact=True),
     Lever("checkpoint.sqrt", ("activations={kind='recompute',blocks='sqrt'}",), "activations", _TWICE, exact=True),
-    Lever("checkpoint.selective", ("activations={kind='selective'}",), "activations", "cheap operations twice", exact=True),
+    Lever("checkpoint.selective", ("activations={kind='selective'}",), "activations", "norms and gates twice (the default)", exact=True),
     Lever("tile.tokens", ("tiling={kind='tokens',tokens=256}",), "activations of feed-forwards", "their forward products twice"),
     Lever("tile.outputs", ("tiling={kind='outputs'}", _BF16), "copies of weights in bf16", "making them twice"),
     Lever("mixed.autocast", (_BF16,), "activations", "copies of weights; precision"),

@@ -130,6 +130,10 @@ class MetricsConfig(Config):
     mlflow: MLflowConfig | None = None
 
 
+def _activations(given: dict[str, Any]) -> Activations:
+    return KeepActivations() if isinstance(given.get("compile"), CompileBlocks) else SelectiveRecompute(kind="selective")
+
+
 class TrainRecipe(Config):
     """A whole run.
 
@@ -137,6 +141,8 @@ class TrainRecipe(Config):
     steps    of the optimizer
     device   auto takes cuda where there is one, else cpu
     threads  of one operation; None takes the cores that this process may use
+
+    Activations are selective unless that is set otherwise or blocks are compiled.
     """
 
     out: Path
@@ -148,10 +154,10 @@ class TrainRecipe(Config):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     precision: Precision = FP32()
-    activations: Activations = KeepActivations()
     offload: OffloadConfig = OffloadConfig()
     tiling: Tiling = Untiled()
     compile: Compile = NoCompile()
+    activations: Activations = Field(default_factory=_activations)
     dropout: DropoutConfig = DropoutConfig()
     stability: StabilityConfig = StabilityConfig()
     validation: ValidationConfig = ValidationConfig()
@@ -177,8 +183,8 @@ class TrainRecipe(Config):
             raise ValueError(f"optim.weights = {self.optim.weights!r} keeps parameters in bf16, which needs precision.kind = 'bf16'")
         if isinstance(self.compile, CompileBlocks) and isinstance(self.activations, SelectiveRecompute):
             raise ValueError(
-                "activations.kind = 'selective' chooses among operations that a compiled block does not show, and compiling chooses by "
-                "itself what to keep; set activations.kind = 'none' or 'recompute', or leave compile out"
+                "activations.kind = 'selective' is about operations that a compiled block does not show, and compiling chooses by itself "
+                "what to keep; leave activations or compile out"
             )
         if isinstance(self.compile, CompileBlocks) and not isinstance(self.tiling, Untiled):
             raise ValueError("tiling has no place in compiled blocks, where other kernels do the products; leave tiling or compile out")

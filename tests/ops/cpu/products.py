@@ -97,7 +97,7 @@ class Product:
             self.weight.bias = self.bias.ctypes.data
         self.packed = aligned(self.library.gemel_packed_bytes(ctypes.byref(self.weight)))
         pointers = (values.ctypes.data, scales.ctypes.data, minima.ctypes.data, self.packed.ctypes.data)
-        self.library.gemel_pack(ctypes.byref(self.weight), *pointers)
+        self.library.gemel_pack(None, ctypes.byref(self.weight), *pointers)
         self.weight.packed = self.packed.ctypes.data
 
     def unpacked(self) -> Array:

@@ -7,11 +7,11 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate, chain
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from gemel.model.attend import PackedAttend
 from gemel.ops import train, triton
@@ -52,27 +52,13 @@ def test_gradients_of_a_model(device: torch.device, monkeypatch: pytest.MonkeyPa
         assert_close(got[name], want[name], "fp32_reference")
 
 
-def test_attention_is_kept_where_costly_operations_are(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gemel.ops.triton import attention
-
-    launches, forward = [], attention._forward
-
-    class Counted:
-        def __getitem__(self, grid: tuple[int, ...]) -> object:
-            launches.append(grid)
-            return forward[grid]
-
-    monkeypatch.setattr(attention, "_forward", Counted())
-
-    def policy(_context: object, operation: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operation in triton.COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
-
-    qkv_TNH = torch.randn(3, 5, 1, 16).to(device).requires_grad_()
-    for context, num_launches in ((partial(create_selective_checkpoint_contexts, policy), 1), (None, 2)):
-        launches.clear()
-        how = {} if context is None else {"context_fn": context}
-        checkpoint(lambda x: triton.packed_attention(*x, (0, 5)).exp(), qkv_TNH, use_reentrant=False, **how).sum().backward()
-        assert len(launches) == num_launches
+@pytest.mark.parametrize("operation", ["rms_norm", "swiglu"])
+def test_done_again(operation: str, device: torch.device) -> None:
+    """What may be asked for instead of being kept, see `train.recompute`."""
+    x_T2F = torch.randn(3, 8).to(device).requires_grad_()
+    y = triton.rms_norm(x_T2F, torch.full((8,), 2.0, device=device), 1e-5) if operation == "rms_norm" else triton.swiglu(x_T2F)
+    node: Any = y.grad_fn
+    assert_close(node._forward_cls.again(node), y, "exact")
 
 
 def test_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

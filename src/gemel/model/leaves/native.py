@@ -88,7 +88,8 @@ class NativeLinear(nn.Module):
         else:
             values = leaf.weight.detach().contiguous()
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in (values, scales, minima)]
-        self._library.gemel_pack(ctypes.byref(self.weight), *addresses, self._packed.data_ptr())
+        team = _team(self._library, torch.get_num_threads())
+        self._library.gemel_pack(team, ctypes.byref(self.weight), *addresses, self._packed.data_ptr())
         self.weight.packed = self._packed.data_ptr()
         self.weight.bias = None if self.bias is None else self.bias.data_ptr()
 

@@ -1,8 +1,7 @@
 """The native operations of training as functions that can be differentiated.
 
-Each saves what its backward pass needs and no more, and takes tensors that `fit`: plain ones, all of one type that the kernels know. Two of
-them are also operators of torch (`gemel::product`, `gemel::packed_attention`), because what is recomputed and what is kept of a block is
-decided operator by operator (`COSTLY`), and a call that torch does not see can only be made again.
+Each saves what its backward pass needs and no more, and takes tensors that `fit`: plain ones, all of one type that the kernels know. Those
+that are quick can be done `again` from what they saved, so that nobody has to keep their results (see `train.recompute`).
 
 T tokens, D model width, E output width, V vocabulary, N query heads, K key/value heads, M heads of any kind, H head width, F feed-forward
 width.
@@ -42,29 +41,6 @@ def _kernels() -> Kernels:
     return kernels
 
 
-# --- operators ----------------------------------------------------------------------------------------------------------------------
-
-
-def _product(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    return _kernels().gemm(x_TD, weight_ED.t(), x_TD.new_empty(len(x_TD), len(weight_ED)))
-
-
-def _attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts: Tensor, window: int, slopes_N: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _kernels().packed_attention(q_TNH, k_TKH, v_TKH, starts, window, slopes_N)
-
-
-torch.library.define("gemel::product", "(Tensor x, Tensor weight) -> Tensor")
-torch.library.define(
-    "gemel::packed_attention", "(Tensor q, Tensor k, Tensor v, Tensor starts, int window, Tensor? slopes) -> (Tensor, Tensor)"
-)
-torch.library.impl("gemel::product", "CPU", _product)
-torch.library.impl("gemel::packed_attention", "CPU", _attention)
-COSTLY = (torch.ops.gemel.product.default, torch.ops.gemel.packed_attention.default)  # for what they return: worth keeping
-
-
-# --- functions ----------------------------------------------------------------------------------------------------------------------
-
-
 class Linear(torch.autograd.Function):
     """The product x W^T."""
 
@@ -73,8 +49,7 @@ class Linear(torch.autograd.Function):
         """[T, D] and [E, D] to [T, E]."""
         x_TD, weight_ED = _rows(x_TD), _rows(weight_ED)
         ctx.save_for_backward(x_TD, weight_ED)
-        y_TE: Tensor = torch.ops.gemel.product(x_TD, weight_ED)
-        return y_TE
+        return _kernels().gemm(x_TD, weight_ED.t(), x_TD.new_empty(len(x_TD), len(weight_ED)))
 
     @staticmethod
     @once_differentiable
@@ -96,11 +71,12 @@ class PackedAttention(torch.autograd.Function):
     def forward(ctx: Any, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts: Tensor, window: int, slopes_N: Tensor | None) -> Tensor:
         """`starts` int32, `slopes_N` fp32, window 0 for none."""
         q_TNH, k_TKH, v_TKH = _heads(q_TNH), _heads(k_TKH), _heads(v_TKH)
-        out_TNH, lse_NT = torch.ops.gemel.packed_attention(q_TNH, k_TKH, v_TKH, starts, window, slopes_N)
+        if q_TNH.untyped_storage().data_ptr() != v_TKH.untyped_storage().data_ptr():
+            v_TKH = v_TKH.contiguous()  # rotated heads lie elsewhere; what values were cut from need not be kept for them alone
+        out_TNH, lse_NT = _kernels().packed_attention(q_TNH, k_TKH, v_TKH, starts, window, slopes_N)
         ctx.save_for_backward(q_TNH, k_TKH, v_TKH, starts, slopes_N, out_TNH, lse_NT)
         ctx.window = window
-        result: Tensor = out_TNH
-        return result
+        return out_TNH
 
     @staticmethod
     @once_differentiable
@@ -121,8 +97,14 @@ class RMSNorm(torch.autograd.Function):
         x, scale_D = _heads(x), weight_D.float().contiguous()
         y, factor = _kernels().rms_norm(x, scale_D, eps)
         ctx.save_for_backward(x, scale_D, factor)
-        ctx.weight_dtype = weight_D.dtype
+        ctx.weight_dtype, ctx.eps = weight_D.dtype, eps
         return y
+
+    @staticmethod
+    def again(ctx: Any) -> Tensor:
+        """The result."""
+        x, scale_D, _ = ctx.saved_tensors
+        return _kernels().rms_norm(x, scale_D, ctx.eps)[0]
 
     @staticmethod
     @once_differentiable
@@ -160,6 +142,11 @@ class SwiGLU(torch.autograd.Function):
         gate_up_T2F = _rows(gate_up_T2F)
         ctx.save_for_backward(gate_up_T2F)
         return _kernels().swiglu(gate_up_T2F)
+
+    @staticmethod
+    def again(ctx: Any) -> Tensor:
+        """The result."""
+        return _kernels().swiglu(*ctx.saved_tensors)
 
     @staticmethod
     @once_differentiable

@@ -38,16 +38,19 @@ typedef struct {
     const void* packed; /* 64-byte aligned */
 } gemel_weight;
 
-/* Packing. `values`: fp32, bf16 or int8 [n, k], or two 4-bit numbers per byte [n, k/2], the lower half first. `scales` and `minima`: fp32,
- * [n] or [n, k/group]; those of groups are kept as fp16. */
-GEMEL_API int64_t gemel_packed_bytes(const gemel_weight* weight);
-GEMEL_API void gemel_pack(const gemel_weight* weight, const void* values, const float* scales, const float* minima, void* packed);
-GEMEL_API void gemel_unpack(const gemel_weight* weight, float* values); /* what the products compute with, [n, k] */
-
-/* One product by itself, y = epilogue(x W^T + bias), for tests and benchmarks. x [t, k] and y [t, n] (SWIGLU: [t, n/2]) row-major. */
+/* Threads that work together; one call at a time. */
 typedef struct gemel_team gemel_team;
 GEMEL_API gemel_team* gemel_team_new(int32_t threads);
 GEMEL_API void gemel_team_free(gemel_team* team);
+
+/* Packing, by a team or, where it is null, by the caller alone. `values`: fp32, bf16 or int8 [n, k], or two 4-bit numbers per byte [n, k/2], the lower half first. `scales` and `minima`: fp32,
+ * [n] or [n, k/group]; those of groups are kept as fp16. */
+GEMEL_API int64_t gemel_packed_bytes(const gemel_weight* weight);
+GEMEL_API void gemel_pack(gemel_team* team, const gemel_weight* weight, const void* values, const float* scales, const float* minima,
+                          void* packed);
+GEMEL_API void gemel_unpack(const gemel_weight* weight, float* values); /* what the products compute with, [n, k] */
+
+/* One product by itself, y = epilogue(x W^T + bias), for tests and benchmarks. x [t, k] and y [t, n] (SWIGLU: [t, n/2]) row-major. */
 GEMEL_API void gemel_matmul(gemel_team* team, const gemel_weight* weight, const float* x, int32_t t, float* y, int32_t epilogue);
 
 /* Keys and values of all layers: [layer, block, kv head, (keys, values)], a block of `block_tokens` (a multiple of 16) in tiles of 16. */

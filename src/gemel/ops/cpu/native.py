@@ -108,7 +108,7 @@ class Draw(Structure):
 # name: (result, arguments)
 _SIGNATURES = {
     "gemel_packed_bytes": (c_int64, [c_void_p]),
-    "gemel_pack": (None, [c_void_p] * 5),
+    "gemel_pack": (None, [c_void_p] * 6),
     "gemel_unpack": (None, [c_void_p] * 2),
     "gemel_team_new": (c_void_p, [c_int32]),
     "gemel_team_free": (None, [c_void_p]),

@@ -27,18 +27,12 @@ if TYPE_CHECKING:
     from gemel.ops.triton.optimizer import adamw
     from gemel.ops.triton.rotary import rope
 
-__all__ = ["COSTLY", "adamw", "head_cross_entropy", "packed_attention", "rms_norm", "rope", "swiglu", "takes", "why_not"]
+__all__ = ["adamw", "head_cross_entropy", "packed_attention", "rms_norm", "rope", "swiglu", "takes", "why_not"]
 
 DEVICE = "cuda"  # as torch calls NVIDIA's and AMD's
 MISSING = "triton is not installed"
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the oldest that Triton supports; bf16 products came with it
-
-# Attention is an operator of torch, for those who decide operator by operator what is kept and what is computed again.
-torch.library.define(
-    "gemel::packed_attention_triton", "(Tensor q, Tensor k, Tensor v, int[] starts, int window, Tensor? slopes) -> (Tensor, Tensor)"
-)
-COSTLY = (torch.ops.gemel.packed_attention_triton.default,)
 
 _MODULES = {
     "packed_attention": "attention",

@@ -59,6 +59,11 @@ class _SwiGLU(torch.autograd.Function):
         return y_TF
 
     @staticmethod
+    def again(ctx: Any) -> Tensor:
+        """The result."""
+        return swiglu(*ctx.saved_tensors)
+
+    @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y_TF: Tensor) -> Tensor:
         (gate_up_T2F,) = ctx.saved_tensors

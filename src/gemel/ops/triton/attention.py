@@ -313,11 +313,12 @@ class _PackedAttention(torch.autograd.Function):
         ctx: Any, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts: tuple[int, ...], window: int, slopes_N: Tensor | None
     ) -> Tensor:
         q_TNH, k_TKH, v_TKH = map(dense_tokens, (q_TNH, k_TKH, v_TKH))
-        out_TNH, lse_NT = torch.ops.gemel.packed_attention_triton(q_TNH, k_TKH, v_TKH, starts, window, slopes_N)
+        if q_TNH.untyped_storage().data_ptr() != v_TKH.untyped_storage().data_ptr():
+            v_TKH = v_TKH.contiguous()  # rotated heads lie elsewhere; what values were cut from need not be kept for them alone
+        out_TNH, lse_NT = _attend(q_TNH, k_TKH, v_TKH, starts, window, slopes_N)
         ctx.save_for_backward(q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, slopes_N)
         ctx.starts, ctx.window = starts, window
-        result: Tensor = out_TNH
-        return result
+        return out_TNH
 
     @staticmethod
     @once_differentiable
@@ -328,12 +329,14 @@ class _PackedAttention(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def _attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts: list[int], window: int, slopes_N: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attend(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts: tuple[int, ...], window: int, slopes_N: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Outputs [T, N, H], and base-2 logarithms of the sums of softmax [N, T]. `slopes_N` are those of base-2 scores; window 0 is none."""
     num_tokens, num_heads, width = q_TNH.shape
     how = _how(q_TNH, k_TKH, window, slopes_N)
     tile = tile_for(how["BLOCK"], q_TNH.itemsize, back=False)
-    tiles = _tiles(tuple(starts), tile.queries, q_TNH.device, of_keys=False)
+    tiles = _tiles(starts, tile.queries, q_TNH.device, of_keys=False)
     out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
     lse_NT = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q_TNH.device)
     with on_device_of(q_TNH):
@@ -345,9 +348,6 @@ def _attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts: list[int], wind
             **_sizes(tile),
         )
     return out_TNH, lse_NT
-
-
-torch.library.impl("gemel::packed_attention_triton", "CompositeExplicitAutograd", _attend)
 
 
 def _attend_back(
