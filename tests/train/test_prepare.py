@@ -135,7 +135,7 @@ def test_two_sources_need_two_names(tmp_path: Path) -> None:
     training, _ = preparation(tmp_path, data={"train": [source, source | {"name": "b", "weight": 2.0}]}).sources(runs.tokenizer())
     loader = Loader(training, runs.recipe(tmp_path).batch)
     taken = [next(loader).position for _ in range(3)][-1]
-    assert taken["b"]["taken"] == 2 * taken["shards"]["taken"] > 0
+    assert abs(taken["b"]["taken"] - 2 * taken["shards"]["taken"]) < runs.SEQUENCE < taken["shards"]["taken"]  # an epoch's end is shorter
 
 
 @pytest.fixture

@@ -29,10 +29,10 @@ class Metrics:
     """Writes metrics.jsonl, and tells trackers, which it closes."""
 
     def __init__(self, out: Path, num_bytes: int = 0, peak_flops_per_s: float | None = None, trackers: Sequence[Tracker] = ()):
-        """`num_bytes` of what is there stay."""
+        """`num_bytes` of what is there stay, if there are so many: somebody may have removed the file, or power failed."""
         self._peak, self._trackers = peak_flops_per_s, trackers
         self._file = (out / FILE).open("ab")
-        os.truncate(out / FILE, num_bytes)
+        os.truncate(out / FILE, min(num_bytes, self.num_bytes))
 
     def __enter__(self) -> Self:
         return self
@@ -70,7 +70,7 @@ class Metrics:
         self._file.flush()
 
     def _show(self, values: Mapping[str, float], step: int) -> None:
-        for tracker in self._trackers:
+        for tracker in self._trackers if values else ():
             tracker.show(values, step)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from gemel.config import env
 from gemel.config import train as config
-from gemel.config.errors import ConfigError
+from gemel.config.errors import CheckpointError, ConfigError
 from gemel.config.train import NewModel, PretrainedModel, TrainRecipe
 from gemel.data import manifest
 from gemel.model import build
@@ -21,9 +21,9 @@ from gemel.model.build import LoadedModel
 from gemel.model.model import Model
 from gemel.ops import hardware
 from gemel.tokenizer.tokenizer import Tokenizer
-from gemel.train import precision, trackers
+from gemel.train import precision, schedule, trackers
 from gemel.train.checkpoint import Checkpoints, Found
-from gemel.train.loader import Loader
+from gemel.train.loader import Loader, Source
 from gemel.train.loop import Loop, Result, Watch
 from gemel.train.metrics import Metrics
 from gemel.train.parallel.mesh import Mesh, join
@@ -78,14 +78,19 @@ def _run(
     with mesh.in_turn():
         _check_recipe(recipe)
         _check_shared(recipe, mesh)
+        _check_before_long(recipe)
         preparation = Preparation(recipe, progress, progress.quiet, prepared)
         tokenizer = preparation.tokenizer()
+        _check_vocabulary(recipe, tokenizer)
         training, validation = preparation.sources(tokenizer)
     with Checkpoints(recipe.out, recipe.save, tokenizer, mesh) as checkpoints:
         found = checkpoints.latest()
+        _check_found(recipe, found, progress)
         with mesh.in_turn():
             _write_recipe(recipe, mesh)
-        trainer = Trainer(recipe, _model(recipe, tokenizer, found), device, mesh)
+        loaded = _model(recipe, tokenizer, found)
+        amounts = _amounts(recipe, loaded, training)
+        trainer = Trainer(recipe, loaded, device, mesh)
         loader = Loader(training, recipe.batch, mesh.data.rank, mesh.data.size)
         num_bytes = 0 if found is None else found.state["metrics_bytes"]
         with Metrics(recipe.out, num_bytes, peak_flops_per_s, trackers.of(recipe)) if mesh.first else nullcontext() as metrics:
@@ -93,7 +98,10 @@ def _run(
             if found is not None:
                 loop.resume(found)
                 progress.say(f"going on from step {found.step} in {recipe.out}")
-            return loop.run()
+            progress.say(amounts)
+            result = loop.run()
+    with mesh.in_turn():  # who leaves while rank 0 still writes makes launchers and schedulers end it, too
+        return result
 
 
 def _check_shared(recipe: TrainRecipe, mesh: Mesh) -> None:
@@ -141,15 +149,6 @@ def _model(recipe: TrainRecipe, tokenizer: Tokenizer, found: Found | None) -> Lo
     else:
         build.described(recipe.model.config)
         loaded = fresh(recipe.model, recipe.seed, tokenizer, dtype)
-    if recipe.batch.sequence > loaded.config.max_positions:
-        raise ConfigError(
-            f"batch.sequence = {recipe.batch.sequence} is more than the model's {loaded.config.max_positions} positions; lower it"
-        )
-    if len(tokenizer.bytes_of) > loaded.config.vocab_size:
-        raise ConfigError(
-            f"the model has {loaded.config.vocab_size} rows in its vocabulary, the tokenizer {len(tokenizer.bytes_of)} tokens; set "
-            "model.config.vocab_size of a new model to that or more, or extend one that exists with: gemel tokenizer extend"
-        )
     return loaded
 
 
@@ -168,6 +167,40 @@ def fresh(new: NewModel, seed: int, tokenizer: Tokenizer, dtype: torch.dtype = t
         for parameter in model.parameters():
             parameter.data = parameter.to(dtype)
     return LoadedModel(model, config, Path(), tokenizer.eos_ids, tokenizer.bos_id, dtype)
+
+
+def _check_before_long(recipe: TrainRecipe) -> None:
+    """What would otherwise come to light when the data is prepared, which may take hours."""
+    trackers.require(recipe.metrics)
+    schedule.rate(recipe.optim, 0, recipe.steps)
+    if isinstance(recipe.model, PretrainedModel) and recipe.batch.sequence > (most := build.peek(recipe.model.path).config.max_positions):
+        raise ConfigError(f"batch.sequence = {recipe.batch.sequence} is more than the model's {most} positions; lower it")
+
+
+def _check_vocabulary(recipe: TrainRecipe, tokenizer: Tokenizer) -> None:
+    new = isinstance(recipe.model, NewModel)
+    rows = recipe.model.config.vocab_size if isinstance(recipe.model, NewModel) else build.peek(recipe.model.path).config.vocab_size
+    if (num := len(tokenizer.bytes_of)) > rows:
+        way_out = f"set model.config.vocab_size = {num} or more" if new else "extend the model with: gemel tokenizer extend"
+        raise ConfigError(f"the model has {rows} rows in its vocabulary, the tokenizer {num} tokens; {way_out}")
+
+
+def _check_found(recipe: TrainRecipe, found: Found | None, progress: Progress) -> None:
+    """Checkpoints that cannot be read are not written over: somebody may be able to repair them, or have a gemel that reads them."""
+    if found is None and any((recipe.out / "state").glob("step-*")):
+        raise CheckpointError(
+            f"{recipe.out} holds checkpoints, and none of them is whole; give another --output, or remove that folder to begin anew"
+        )
+    if found is not None and found.step >= recipe.steps:
+        progress.say(f"all of steps = {recipe.steps} are done; with more of them, as --set steps={2 * found.step}, the run goes on")
+
+
+def _amounts(recipe: TrainRecipe, loaded: LoadedModel, sources: Sequence[Source]) -> str:
+    """How much is learnt by how much: whether a run sees its data a tenth of a time or fifty times is worth a line."""
+    num_weights = sum(parameter.numel() for parameter in loaded.model.parameters())
+    there, batch = sum(int(source.documents.lengths.sum()) for source in sources), recipe.batch.tokens
+    times = f"go through them {recipe.steps * batch / there:.3g} times"
+    return f"{num_weights:,} weights, {there:,} tokens to learn from; {recipe.steps:,} steps of {batch:,} {times}"
 
 
 def _check_recipe(recipe: TrainRecipe) -> None:
