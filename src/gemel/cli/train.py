@@ -63,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(result) | {"path": str(latest)}))
     elif result.finished:
         loss = "" if result.validation_loss is None else f", validation loss {result.validation_loss:.4f}"
-        print(f"finished at step {result.step}{loss}; try: gemel generate --model {latest} 'Once'")
+        chats = any(source.kind == "conversations" for source in recipe.data.train)
+        command = f"gemel chat --model {latest}" if chats else f"gemel generate --model {latest} 'Once'"
+        print(f"finished at step {result.step}{loss}; try: {command}")
         if best.exists() and best.resolve() != latest.resolve():
             print(f"the model with the least validation loss is {best}, of {best.resolve().name}")
     else:

@@ -487,11 +487,11 @@ class TrainRecipe(Config):
         if isinstance(self.precision, FP8) and isinstance(self.tiling, TileOutputs):
             raise ValueError("tiling.kind = 'outputs' and precision.kind = 'fp8' both say how products are done; leave one of them out")
         self._check_offload()
-        if self.validation.patience and not self.validation.every:
-            raise ValueError(f"validation.patience = {self.validation.patience} counts looks on the way: set validation.every, too")
         if (self.save.best or self.validation.patience) and not (self.data.validation or self.data.holdout):
             name = "save.best" if self.save.best else "validation.patience"
             raise ValueError(f"{name} needs something to validate on: set data.holdout = 0.01, or give data.validation")
+        if self.validation.patience and not self.validation.every:
+            raise ValueError(f"validation.patience = {self.validation.patience} counts looks on the way: set validation.every, too")
         self._check_parallel()
         if self.batch.sequences % self.parallel.data:
             unit = math.lcm(self.parallel.data * self.batch.sequence, self.batch.micro_tokens or 1)

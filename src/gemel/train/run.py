@@ -85,11 +85,11 @@ def _run(
         training, validation = preparation.sources(tokenizer)
     with Checkpoints(recipe.out, recipe.save, tokenizer, mesh) as checkpoints:
         found = checkpoints.latest()
-        _check_found(recipe, found, progress)
+        _check_found(recipe, found)
         with mesh.in_turn():
             _write_recipe(recipe, mesh)
         loaded = _model(recipe, tokenizer, found)
-        amounts = _amounts(recipe, loaded, training)
+        begins = _begins(recipe, loaded, training, found)
         trainer = Trainer(recipe, loaded, device, mesh)
         loader = Loader(training, recipe.batch, mesh.data.rank, mesh.data.size)
         num_bytes = 0 if found is None else found.state["metrics_bytes"]
@@ -97,8 +97,7 @@ def _run(
             loop = Loop(recipe, trainer, loader, validation, checkpoints, metrics, progress, mesh, watch)
             if found is not None:
                 loop.resume(found)
-                progress.say(f"going on from step {found.step} in {recipe.out}")
-            progress.say(amounts)
+            progress.say(begins)
             result = loop.run()
     with mesh.in_turn():  # who leaves while rank 0 still writes makes launchers and schedulers end it, too
         return result
@@ -185,22 +184,23 @@ def _check_vocabulary(recipe: TrainRecipe, tokenizer: Tokenizer) -> None:
         raise ConfigError(f"the model has {rows} rows in its vocabulary, the tokenizer {num} tokens; {way_out}")
 
 
-def _check_found(recipe: TrainRecipe, found: Found | None, progress: Progress) -> None:
+def _check_found(recipe: TrainRecipe, found: Found | None) -> None:
     """Checkpoints that cannot be read are not written over: somebody may be able to repair them, or have a gemel that reads them."""
     if found is None and any((recipe.out / "state").glob("step-*")):
         raise CheckpointError(
             f"{recipe.out} holds checkpoints, and none of them is whole; give another --output, or remove that folder to begin anew"
         )
-    if found is not None and found.step >= recipe.steps:
-        progress.say(f"all of steps = {recipe.steps} are done; with more of them, as --set steps={2 * found.step}, the run goes on")
 
 
-def _amounts(recipe: TrainRecipe, loaded: LoadedModel, sources: Sequence[Source]) -> str:
+def _begins(recipe: TrainRecipe, loaded: LoadedModel, sources: Sequence[Source], found: Found | None) -> str:
     """How much is learnt by how much: whether a run sees its data a tenth of a time or fifty times is worth a line."""
+    if found is not None and found.step >= recipe.steps:
+        return f"all of steps = {recipe.steps} are done; with more of them, as --set steps={2 * found.step}, the run goes on"
     num_weights = sum(parameter.numel() for parameter in loaded.model.parameters())
     there, batch = sum(int(source.documents.lengths.sum()) for source in sources), recipe.batch.tokens
     times = f"go through them {recipe.steps * batch / there:.3g} times"
-    return f"{num_weights:,} weights, {there:,} tokens to learn from; {recipe.steps:,} steps of {batch:,} {times}"
+    goes_on = "" if found is None else f"going on from step {found.step} in {recipe.out}: "
+    return f"{goes_on}{num_weights:,} weights, {there:,} tokens to learn from; {recipe.steps:,} steps of {batch:,} {times}"
 
 
 def _check_recipe(recipe: TrainRecipe) -> None:
