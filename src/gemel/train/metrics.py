@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,7 +39,8 @@ class Metrics:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with suppress(OSError) if error is not None else nullcontext():  # a full disk has been told of, and refuses what is buffered again
+            self._file.close()
         for tracker in self._trackers:
             tracker.close(failed=error is not None)
 

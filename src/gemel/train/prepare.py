@@ -38,7 +38,7 @@ from gemel.data.document import Dropped
 from gemel.data.pipeline import Job
 from gemel.data.read.reader import Reading
 from gemel.data.run import start
-from gemel.data.run.board import Board
+from gemel.data.run.board import Board, Interrupted, StopRequest
 from gemel.data.run.local import TaskFailed
 from gemel.data.shards import TokenShards
 from gemel.tokenizer.conversation import Conversation
@@ -148,9 +148,12 @@ class Preparation:
         if not job.finished:
             self._progress.say(f"{what} into {recipe.output.path}")
             try:
-                start.run(recipe, self._board)
+                with StopRequest(self._board) as stop:
+                    start.run(recipe, self._board, stop)
             except TaskFailed as error:
                 raise ConfigError(f"{what}: {error}; the same command goes on from there when that is mended") from None
+            if stop.asked:
+                raise Interrupted
         if job.finished and not job.stats().kept.documents:
             raise ConfigError(f"{what} leaves nothing of its input; see why with: gemel data inspect {recipe.output.path}")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import tomli_w
@@ -32,6 +33,7 @@ from gemel.train.progress import Progress
 from gemel.train.trainer import Trainer
 
 RECIPE = "run.toml"
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def run(
@@ -51,11 +53,25 @@ def run(
     torch.manual_seed(recipe.seed)
     if threads := threads_of(recipe, device):
         torch.set_num_threads(threads)
-    with join(recipe.parallel, device) as mesh:
+    with join(recipe.parallel, device) as mesh, _room(recipe.out):
         make_folder(recipe.out)
         with manifest.Lock(recipe.out, shared=False) if mesh.first else nullcontext():
             peak = None if peak_flops_per_s is None else mesh.sum([peak_flops_per_s])[0]
             return _run(recipe, device, mesh, Progress(recipe.steps, peak, quiet or not mesh.first), peak, watch, prepared)
+
+
+@contextmanager
+def _room(out: Path) -> Iterator[None]:
+    """Turns what a disk refuses into something to read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        where = error.filename or f"to {out}"
+        raise ConfigError(
+            f"cannot write {where}: {error.strerror}; mend that, and the same command goes on from what is saved, or give another --output"
+        ) from None
 
 
 def make_folder(out: Path) -> None:
