@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 HELP = "train in many processes, on one machine or many"
 EXAMPLE = """gemel launch recipes/tiny_pretrain.toml --set parallel.replicate=2
 gemel launch recipes/tiny_pretrain.toml --set parallel.replicate=2 --print
-gemel launch recipes/tiny_pretrain.toml --set parallel.replicate=16 --nodes 2 --gpus 8 --time 12:00:00 --slurm job.sbatch"""
+gemel launch recipes/tiny_pretrain.toml --set parallel.replicate=8 --nodes 2 --gpus 4 --time 12:00:00 --slurm job.sbatch"""
 
 INTERRUPTED = 128 + signal.SIGINT
 

@@ -102,7 +102,7 @@ def slurm(config: LaunchConfig, program: str, train: list[str], folder: str, env
         "set -euo pipefail",
         f"cd {shlex.quote(folder)}",
         *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
-        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
         f"port=$(({PORT} + SLURM_JOB_ID % {PORTS}))",
         "# srun does not take the number of cores over from the lines above by itself.",
         f"srun --kill-on-bad-exit=1 --cpus-per-task={config.num_cpus} {shlex.quote(program)} \\",
