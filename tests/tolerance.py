@@ -9,6 +9,7 @@ import torch
 
 RELATIVE = {
     "exact": 0.0,  # the same operations in the same order
+    "fp32_elementwise": 5e-7,  # the same arithmetic on each number by itself, rounded in other places
     "fp32_cut": 1e-6,  # the same tokens, cut into batches in another way: sums of whole batches in another order, and nothing else
     "fp32_reorder": 2e-5,  # the same mathematics, sums in another order
     "fp32_parallel": 1e-5,  # the same gradients, added up over processes

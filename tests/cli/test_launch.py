@@ -47,7 +47,7 @@ def test_files_are_written_and_named(recipe: Path, tmp_path: Path, capsys: pytes
     assert capsys.readouterr().out == f"{job} starts 1 process on each of 2 machines; submit it with: sbatch {job}\n"
     assert f"-m gemel train {recipe}" in job.read_text() and "--gpus-per-node=1" in job.read_text()
     assert cli.main(["launch", str(recipe), "--ray", str(tmp_path / "job.py"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["submit"] == f"ray job submit --working-dir . -- python {tmp_path / 'job.py'}"
+    assert json.loads(capsys.readouterr().out)["submit"] == f"ray job submit -- python {tmp_path / 'job.py'}"
     compile((tmp_path / "job.py").read_text(), "job.py", "exec")
 
 

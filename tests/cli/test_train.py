@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import tomli_w
 from gemel.cli import main as cli
 from gemel.cli import runs as runs_verb
 from gemel.config.errors import ConfigError
+from gemel.data import manifest
 from gemel.train import metrics
 from tests.train import runs
 from tests.train.test_checkpoint import plain
@@ -81,11 +83,38 @@ def test_search(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+def test_runs_tells_states_apart(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock says that somebody is at work; a folder that is damaged, or that a later version wrote, does not hide the others."""
+    monkeypatch.setattr("gemel.cli.train.peak", lambda recipe: 1e11)
+    early = ["--set", "validation.patience=1", "--set", "validation.every=1", "--set", "optim.lr=1.0", "--set", "optim.method.kind=sgd"]
+    for name, more in {"a": [], "b": ["--set", "steps=60", *early]}.items():
+        assert cli.main(["train", str(recipe), "--quiet", "--output", str(tmp_path / "runs" / name), *more]) == 0
+    newer, damaged = (tmp_path / "runs" / name for name in ("newer", "damaged"))
+    shutil.copytree(tmp_path / "runs" / "a", newer)
+    (newer / "run.toml").write_text("what_comes_next = 1\n" + (newer / "run.toml").read_text())
+    shutil.copytree(tmp_path / "runs" / "a", damaged)
+    (damaged / "metrics.jsonl").write_bytes(bytes(9) + b"\n")
+    capsys.readouterr()
+
+    def states() -> dict[str, str]:
+        assert cli.main(["runs", str(tmp_path / "runs"), "--json"]) == 0
+        return {Path(one["run"]).name: one["state"] for one in map(json.loads, capsys.readouterr().out.splitlines())}
+
+    assert states() == {"a": "finished", "b": "ended early", "newer": "stopped"}
+    with manifest.Lock(tmp_path / "runs" / "a", shared=False):
+        assert states()["a"] == "running"
+    assert cli.main(["runs", str(tmp_path / "runs")]) == 0 and "damaged/metrics.jsonl is passed over" in capsys.readouterr().err
+
+
 def test_mistakes_cost_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", str(recipe), "--set", "optim.lrr=1"]) == 2
     assert capsys.readouterr().err == "gemel: OptimConfig has no key 'optim.lrr': did you mean 'lr'?\n"
     assert cli.main(["runs", str(tmp_path / "shards")]) == 2
     assert "begin one with: gemel train RECIPE" in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").touch()
+    assert cli.main(["runs", str(tmp_path / "out"), "--svg", "/dev/null/x.svg"]) == 2
+    assert "cannot write /dev/null/x.svg: File exists" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="is no folder"):
         runs_verb.find([tmp_path / "nowhere"])
 
@@ -101,7 +130,7 @@ def test_a_second_ctrl_c_does_not_wait(recipe: Path, tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", code, *argv], stderr=subprocess.PIPE, text=True, env=environment) as process:
         wait_for(lambda: (tmp_path / "out" / "metrics.jsonl").exists() and (tmp_path / "out" / "metrics.jsonl").stat().st_size)
         process.send_signal(signal.SIGINT)
-        assert process.stderr is not None and "stopping after this step, with a checkpoint" in process.stderr.readline()
+        assert process.stderr is not None and any("stopping after this step, with a checkpoint" in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
     assert not (tmp_path / "out" / "latest").exists()

@@ -71,15 +71,15 @@ def test_a_slurm_file_runs_torchrun_on_every_machine(tmp_path: Path) -> None:
     environment = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "99"}
     done = subprocess.run(["bash", str(tmp_path / "job.sbatch")], env=environment, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [
-        *(str(folder), "8", "--kill-on-bad-exit=1", "/opt/my env/torchrun", "--nnodes=2", "--nproc-per-node=8", "--rdzv-id=99"),
-        *("--rdzv-backend=c10d", f"--rdzv-endpoint=node7:{PORT}", "-m", "gemel", "train", *TRAIN),
+        *(str(folder), "8", "--kill-on-bad-exit=1", "--cpus-per-task=64", "/opt/my env/torchrun", "--nnodes=2", "--nproc-per-node=8"),
+        *("--rdzv-id=99", "--rdzv-backend=c10d", f"--rdzv-endpoint=node7:{PORT + 99}", "-m", "gemel", "train", *TRAIN),
     ]
 
 
 def test_a_slurm_file_asks_only_for_what_was_said() -> None:
     text = slurm(LaunchConfig(nproc=1, nodes=2), "torchrun", TRAIN, "/tmp", {})
     assert [line.split("=")[0] for line in text.splitlines() if line.startswith("#SBATCH")] == [
-        *("#SBATCH --job-name", "#SBATCH --nodes", "#SBATCH --ntasks-per-node")
+        *("#SBATCH --job-name", "#SBATCH --nodes", "#SBATCH --ntasks-per-node", "#SBATCH --cpus-per-task")
     ]
 
 
@@ -105,7 +105,7 @@ def test_a_ray_program_runs_torchrun_in_every_bundle(tmp_path: Path) -> None:
     )
     job = LaunchConfig(nproc=4, nodes=2, cpus=8, gpus=4)
     path = tmp_path / "job.py"
-    path.write_text(ray(job, TRAIN, str(tmp_path), {"THREADS": "2", "PYTHONPATH": str(modules)}, "job.py"))
+    path.write_text(ray(job, TRAIN, str(tmp_path), {"THREADS": "2", "PYTHONPATH": str(modules)}, "ray job submit -- python job.py"))
     done = subprocess.run([sys.executable, path], env={"PYTHONPATH": str(modules)}, capture_output=True, text=True, check=True)
     first, second, asked = map(json.loads, done.stdout.splitlines())
     assert asked == [[[{"CPU": 8, "GPU": 4}] * 2, "STRICT_SPREAD"], {"num_cpus": 8, "num_gpus": 4, "max_retries": 0}]

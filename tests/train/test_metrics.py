@@ -39,6 +39,13 @@ def test_going_on_cuts_back(tmp_path: Path) -> None:
     assert [(line["step"], line["loss"]) for line in read(tmp_path)] == [(3, 2.5), (4, 1.0)]
 
 
+def test_a_file_that_was_lost_begins_anew(tmp_path: Path) -> None:
+    """Nothing is made up for what is not there."""
+    with Metrics(tmp_path, num_bytes=1000) as metrics:
+        metrics.step(REPORT, 1.0, 0.0)
+    assert [line["step"] for line in read(tmp_path)] == [3]
+
+
 def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
     with Metrics(tmp_path) as metrics:
         metrics.step(REPORT, 1.0, 0.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 
 from gemel.config.errors import ConfigError
+from gemel.data.run.board import Interrupted
+from gemel.data.run.local import TaskFailed, Workers
 from gemel.tokenizer.conversation import Conversation, Message
 from gemel.tokenizer.tokenizer import Tokenizer
 from gemel.train.batch import Batch
@@ -135,7 +139,7 @@ def test_two_sources_need_two_names(tmp_path: Path) -> None:
     training, _ = preparation(tmp_path, data={"train": [source, source | {"name": "b", "weight": 2.0}]}).sources(runs.tokenizer())
     loader = Loader(training, runs.recipe(tmp_path).batch)
     taken = [next(loader).position for _ in range(3)][-1]
-    assert taken["b"]["taken"] == 2 * taken["shards"]["taken"] > 0
+    assert abs(taken["b"]["taken"] - 2 * taken["shards"]["taken"]) < runs.SEQUENCE < taken["shards"]["taken"]  # an epoch's end is shorter
 
 
 @pytest.fixture
@@ -179,6 +183,36 @@ def test_a_folder_may_move_and_stale_things_are_made_anew(corpus: dict[str, Any]
         assert tokenizer.vocab_size == values["tokenizer"]["config"]["vocab_size"]
         num_tokens.append(preparing.sources(tokenizer)[0][0].documents.lengths.sum())
     assert num_tokens[0] < num_tokens[1]
+
+
+def test_text_of_which_nothing_is_left_is_named(corpus: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "words.toml"
+    path.write_text(path.read_text() + '\n[[step]]\nkind = "length"\nmin_chars = 100000\n')
+    with pytest.raises(ConfigError, match=r"cleaning .*words.toml leaves nothing of its input; see why with: gemel data inspect \S+/text/"):
+        preparation(tmp_path, **corpus).tokenizer()
+
+
+def test_a_task_that_fails_is_a_mistake_to_mend(corpus: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise TaskFailed("its worker died")
+
+    monkeypatch.setattr("gemel.data.run.start.run", fails)
+    with pytest.raises(ConfigError, match="its worker died; the same command goes on from there"):
+        preparation(tmp_path, **corpus).tokenizer()
+
+
+def test_ctrl_c_during_the_last_task_ends_the_run(corpus: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task comes to its end, and nothing else begins."""
+    do = Workers.do
+
+    def pressed(self: Workers, *args: Any) -> None:
+        do(self, *args)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Workers, "do", pressed)
+    with pytest.raises(Interrupted):
+        preparation(tmp_path, **corpus).tokenizer()
+    assert (tmp_path / "out" / "text" / "words" / "manifest.json").exists()
 
 
 def test_text_needs_a_recipe_that_writes_text(corpus: dict[str, Any], tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +17,12 @@ import pytest
 import torch
 
 from gemel.config import train as config
-from gemel.config.errors import ConfigError
+from gemel.config.errors import CheckpointError, ConfigError, GemelError
 from gemel.config.train import TrainRecipe
 from gemel.model.build import load
 from gemel.train import metrics
 from gemel.train.loader import Loader, Step
+from gemel.train.prepare import Preparation
 from gemel.train.progress import Progress
 from gemel.train.run import run
 from gemel.train.trainer import Report, Trainer
@@ -42,6 +45,48 @@ KINDS: dict[str, dict[str, Any]] = {
     "recompute": {"activations": {"kind": "selective"}, "loss": {"z_loss": 1e-3, "label_smoothing": 0.1}},
     "dropout": {"dropout": {"embedding": 0.1, "residual": 0.1}, "activations": {"kind": "recompute", "blocks": "sqrt"}},
 }
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"optim__schedule": {"kind": "cosine", "warmup": 100}}, r"warmup = 100 is 100 steps, the run has steps = 8"),
+        (
+            {"model__config__vocab_size": 5},
+            r"the model has 5 rows in its vocabulary, the tokenizer \d+ tokens; set model.config.vocab_size",
+        ),
+        ({"metrics": {"mlflow": {"experiment": "e"}}}, r"metrics.mlflow needs a package"),
+    ],
+)
+def test_mistakes_are_found_before_data_is_prepared(
+    changes: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    monkeypatch.setattr(Preparation, "sources", None)
+    with pytest.raises(GemelError, match=says):
+        go(runs.recipe(tmp_path, **changes))
+
+
+def test_checkpoints_that_nobody_can_read_are_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = runs.recipe(tmp_path)
+    go(recipe)
+    for path in recipe.out.glob("state/*/state.json"):
+        path.write_text(path.read_text().replace('"version": ', '"version": 99'))
+    before = (recipe.out / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"holds checkpoints, and none of them is whole; give another --output, or remove"):
+        go(recipe)
+    assert "is passed over" in capsys.readouterr().err and (recipe.out / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_disk_that_refuses_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    recipe = runs.recipe(tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match=r"cannot write to \S+/out: No space left on device; mend that"):
+        patched.setattr(metrics.Metrics, "step", full)
+        go(recipe)
+    assert go(recipe).finished
 
 
 @pytest.fixture

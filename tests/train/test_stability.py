@@ -147,6 +147,17 @@ def test_a_norm_is_a_spike_by_its_factor() -> None:
     assert "gradient norm of 30" in _watched().observe(40, 3.6, 30.0).reason
 
 
+def test_norms_that_stay_large_are_borne_while_the_loss_is_in_order() -> None:
+    """Where it is steep, a step that is left out leads to the same place; the loss alone says whether the weights are bad."""
+    detector = _watched()
+    assert [detector.observe(40 + i, 3.6, 30.0).action for i in range(6)] == ["skip"] * 2 + ["ok"] * 4
+    assert detector.observe(46, 9.0, 30.0).action == "rollback"
+    detector.rolled_back(46)
+    assert detector.observe(47, 3.6, 1.0).action == "ok" and detector.observe(48, 3.6, 30.0).action == "skip"
+    assert detector.num_skipped == 3 and detector.observe(49, math.nan, 30.0).action == "skip"
+    assert detector.observe(50, 3.6, math.inf).action == "rollback"
+
+
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (3.6, math.nan), (3.6, math.inf)])
 def test_what_is_not_finite_is_skipped_from_the_first_step_on(loss: float, norm: float) -> None:
     for detector in (_watched(), SpikeDetector(CONFIG), SpikeDetector(StabilityConfig(spikes=False))):

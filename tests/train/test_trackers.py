@@ -59,6 +59,7 @@ def test_all_of_them_get_every_step_and_a_run_that_goes_on_is_the_same(calls: Ca
         [row["step"] for row in logged] == [1, 2, 2] and {"train/loss", "train/lr"} <= logged[0].keys() and "validation/loss" in logged[2]
     )
     assert [args[0] for args in named(calls, "mlflow.log_metrics")] == [{k: v for k, v in row.items() if k != "step"} for row in logged]
+    assert named(calls, "board") == [(str(tmp_path / "out" / "tensorboard"), ("purge_step", 1))]
     shown = named(calls, "board.add_scalar")
     assert ("train/loss", logged[0]["train/loss"], 1) in shown and ("validation/loss", logged[2]["validation/loss"], 2) in shown
     assert [named(calls, name) for name in ("wandb.finish", "mlflow.end_run", "board.close")] == [
@@ -73,6 +74,15 @@ def test_all_of_them_get_every_step_and_a_run_that_goes_on_is_the_same(calls: Ca
     assert dict(named(calls, "wandb.init")[0])["id"] == names["wandb"] and dict(named(calls, "wandb.init")[0])["resume"] == "allow"
     assert named(calls, "mlflow.start_run") == [(("run_id", "abc"),)] and not named(calls, "mlflow.log_params")
     assert [args[0]["step"] for args in named(calls, "wandb.log")] == [3, 4, 4]
+    assert named(calls, "board") == [(str(tmp_path / "out" / "tensorboard"), ("purge_step", 3))]
+
+
+def test_tensorboard_forgets_what_is_done_again(calls: Calls, tmp_path: Path) -> None:
+    board = trackers.TensorBoard(tmp_path)
+    for step in (5, 6, 6, 3, 4):
+        board.show({"train/loss": 1.0}, step)
+    board.close(failed=False)
+    assert [args[1] for args in named(calls, "board")] == [("purge_step", 5), ("purge_step", 3)] and len(named(calls, "board.close")) == 2
 
 
 def test_a_run_that_fails_is_told_so(calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,4 +105,5 @@ def test_a_package_that_is_missing_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UnsupportedError, match=rf"metrics\.{package} needs a package: pip install {package}; or leave it out"):
-        trackers.of(runs.recipe(tmp_path, metrics=config))
+        go(runs.recipe(tmp_path, metrics=config))
+    assert not (tmp_path / "out" / "data").exists() and not (tmp_path / "out" / "run.toml").exists()  # before anything is prepared

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 HELP = "train in many processes, on one machine or many"
 EXAMPLE = """gemel launch recipes/tiny_pretrain.toml --set parallel.replicate=2
 gemel launch recipes/tiny_pretrain.toml --set parallel.replicate=2 --print
-gemel launch recipes/tiny_pretrain.toml --set parallel.replicate=16 --nodes 2 --gpus 8 --time 12:00:00 --slurm job.sbatch"""
+gemel launch recipes/tiny_pretrain.toml --set parallel.replicate=8 --nodes 2 --gpus 4 --time 12:00:00 --slurm job.sbatch"""
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     do.add_argument("--ray", type=Path, metavar="FILE", help="write a program for ray job submit instead")
     group = parser.add_argument_group("what a scheduler is asked for")
     group.add_argument("--gpus", type=int, default=argparse.SUPPRESS, metavar="N", help="GPUs of each machine (default: none)")
-    group.add_argument("--cpus", type=int, default=argparse.SUPPRESS, metavar="N", help="cores of each machine (default: its own)")
+    group.add_argument("--cpus", type=int, default=argparse.SUPPRESS, metavar="N", help="cores of each machine (default: one per process)")
     group.add_argument("--time", default=argparse.SUPPRESS, metavar="HH:MM:SS", help="that the job may take (default: its own)")
     group.add_argument("--partition", default=argparse.SUPPRESS, metavar="NAME", help="of the cluster (default: its own)")
     group.add_argument("--account", default=argparse.SUPPRESS, metavar="NAME", help="that pays (default: its own)")
@@ -69,12 +69,12 @@ def run(args: argparse.Namespace) -> int:
     job = config.LaunchConfig.parse({"nproc": nproc, "nodes": nodes} | asked)
     train = _train_arguments(args)
     if args.slurm or args.ray:
-        return _write(args, job, train, _environment(job, recipe.threads, job.cpus))
+        return _write(args, job, train, _environment(job, recipe.threads, job.num_cpus))
     if asked:
         raise ConfigError(f"--{next(iter(asked))} is for a scheduler; add --slurm FILE or --ray FILE, or leave it out")
     if nodes > 1:
         raise ConfigError(f"--nodes {nodes} are not started from here; write a job with --slurm FILE or --ray FILE and submit that")
-    command = config.torchrun(job, _program(), train)
+    command = config.torchrun(job, _program(shown=True), train)
     environment = _environment(job, recipe.threads, len(os.sched_getaffinity(0)))
     if args.show:
         prefix = [f"{name}={value}" for name, value in environment.items()]
@@ -96,19 +96,19 @@ def _train_arguments(args: argparse.Namespace) -> list[str]:
     return arguments + ["--quiet"] * args.quiet + ["--json"] * (args.json and not (args.slurm or args.ray or args.show))
 
 
-def _program() -> str:
-    """The torchrun of this Python."""
+def _program(shown: bool = False) -> str:
+    """The torchrun of this Python; `shown` to a person as short as it can be."""
     ours = Path(sys.executable).with_name("torchrun")
-    return "torchrun" if shutil.which("torchrun") == str(ours) else str(ours)
+    return "torchrun" if shown and shutil.which("torchrun") == str(ours) else str(ours)
 
 
-def _environment(job: LaunchConfig, threads: int | None, cores: int | None) -> dict[str, str]:
+def _environment(job: LaunchConfig, threads: int | None, cores: int) -> dict[str, str]:
     """Cores are divided among the processes: torchrun would give each a single thread, and torch alone all of them to each."""
     from gemel.config.launch import GRACE_S
 
-    share = threads or (max(cores // job.nproc, 1) if cores else None)
+    share = threads or max(cores // job.nproc, 1)
     grace = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_S)}
-    return ({} if share is None or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(share)}) | grace
+    return ({} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(share)}) | grace
 
 
 def _write(args: argparse.Namespace, job: LaunchConfig, train: list[str], environment: dict[str, str]) -> int:
@@ -120,8 +120,8 @@ def _write(args: argparse.Namespace, job: LaunchConfig, train: list[str], enviro
     if args.slurm:
         path, text, submit = args.slurm, config.slurm(job, _program(), train, folder, environment), f"sbatch {shlex.quote(str(args.slurm))}"
     else:
-        submit = f"ray job submit --working-dir . -- python {shlex.quote(str(args.ray))}"
-        path, text = args.ray, config.ray(job, train, folder, environment, str(args.ray))
+        submit = f"ray job submit -- python {shlex.quote(str(args.ray.resolve()))}"
+        path, text = args.ray, config.ray(job, train, folder, environment, submit)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemel.config.train import TrainRecipe
 
 HELP = "list training runs, and plot what they measured"
 EXAMPLE = """gemel runs out
@@ -14,7 +19,7 @@ gemel runs out/tiny_pretrain --plot loss
 gemel runs out --plot validation --svg loss.svg"""
 
 CURVES = ("loss", "validation", "norm", "lr", "tokens_per_s", "utilization")
-FRESH_S = 60.0  # a run that wrote something so recently goes on
+FRESH_S = 60.0  # where there are no locks, a run goes on that wrote something so recently
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     found = find([Path(folder) for folder in args.folders])
     if args.smooth < 1:
         raise ConfigError(f"--smooth {args.smooth} is no number of steps; give 1 or more")
-    lines = {folder: metrics.read(folder) for folder in found}
+    lines = {folder: metrics.read(folder) for folder in found if _readable(folder)}
     summaries = {folder: summary(folder, rows) for folder, rows in lines.items()}
     if args.json:
         for one in summaries.values():
@@ -61,24 +66,30 @@ def find(folders: list[Path]) -> list[Path]:
     return sorted(found, key=lambda folder: ((folder / FILE).stat().st_mtime, str(folder)))
 
 
+def _readable(folder: Path) -> bool:
+    """Whether a run's metrics are whole. One that is damaged is named, and the others are listed all the same."""
+    from gemel.train import metrics
+
+    try:
+        metrics.read(folder)
+    except ValueError as error:
+        print(f"gemel: {folder / metrics.FILE} is passed over, for it is damaged: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def summary(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What a line of the table says about a run."""
-    import time
-
-    from gemel.config import train as config
-    from gemel.train.metrics import FILE
-
     steps = [row for row in rows if "event" not in row]
     looks = [row["loss"] for row in rows if row.get("event") == "validation"]
-    planned = config.load(folder / "run.toml").steps if (folder / "run.toml").exists() else None
-    last = steps[-1]["step"] if steps else 0
-    fresh = time.time() - (folder / FILE).stat().st_mtime < FRESH_S
+    recipe = _recipe(folder)
     spent_s = sum(row["step_s"] for row in steps)
+    last = steps[-1]["step"] if steps else 0
     return {
         "run": str(folder),
-        "state": "finished" if planned is not None and last >= planned else "running" if fresh else "stopped",
+        "state": _state(folder, recipe, last, looks),
         "step": last,
-        "steps": planned,
+        "steps": None if recipe is None else recipe.steps,
         "loss": steps[-1]["loss"] if steps else None,
         "validation_loss": looks[-1] if looks else None,
         "best_validation_loss": min(looks) if looks else None,
@@ -86,6 +97,33 @@ def summary(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_s": sum(row["tokens"] for row in steps) / spent_s if spent_s else None,
         "skipped": sum(row.get("action") in ("skip", "overflow", "rollback") for row in steps),
     }
+
+
+def _recipe(folder: Path) -> TrainRecipe | None:
+    """What the run does, if this version can tell."""
+    from gemel.config import train as config
+    from gemel.config.errors import ConfigError
+
+    try:
+        return config.load(folder / "run.toml")
+    except ConfigError:
+        return None
+
+
+def _state(folder: Path, recipe: TrainRecipe | None, last: int, looks: Sequence[float]) -> str:
+    import time
+
+    from gemel.data import manifest
+    from gemel.train.metrics import FILE
+
+    locked = manifest.locked(folder)
+    if locked or (locked is None and time.time() - (folder / FILE).stat().st_mtime < FRESH_S):
+        return "running"
+    if recipe is not None and last >= recipe.steps:
+        return "finished"
+    patience = None if recipe is None else recipe.validation.patience
+    hopeless = patience is not None and len(looks) > patience and min(looks[:-patience]) <= min(looks[-patience:])
+    return "ended early" if hopeless else "stopped"
 
 
 def curve(rows: list[dict[str, Any]], kind: str) -> list[tuple[float, float]]:
@@ -122,12 +160,16 @@ def _table(summaries: list[dict[str, Any]]) -> str:
 
 
 def _draw(curves: dict[str, list[tuple[float, float]]], kind: str, window: int, svg: Path | None) -> None:
+    from gemel.config.errors import ConfigError
     from gemel.train import plot
 
     shown = {name: plot.smooth(points, window) for name, points in curves.items()}
     if svg is None:
         print("\n" + plot.terminal(shown, kind, width=min(shutil.get_terminal_size().columns - 12, 100)))
     else:
-        svg.parent.mkdir(parents=True, exist_ok=True)
-        svg.write_text(plot.svg(shown, kind, "step", kind), encoding="utf-8")
+        try:
+            svg.parent.mkdir(parents=True, exist_ok=True)
+            svg.write_text(plot.svg(shown, kind, "step", kind), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {svg}: {error.strerror}; give another --svg") from None
         print(f"{kind} is drawn in {svg}")

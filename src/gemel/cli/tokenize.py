@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tokenize what is not tokenized yet."""
+    from gemel.config.errors import ConfigError
     from gemel.data.run import start
     from gemel.data.run.board import Board
+    from gemel.data.run.local import TaskFailed
     from gemel.data.shards import TokenShards
 
-    start.run(read(args), Board(quiet=args.quiet))
+    recipe = read(args)
+    try:
+        stats = start.run(recipe, Board(quiet=args.quiet))
+    except TaskFailed as error:
+        print(f"gemel: {error}\ngemel: the same command goes on from here", file=sys.stderr)
+        return 1
+    if stats is not None and not stats.kept.documents:
+        reasons = ", ".join(f"{group.documents} {reason}" for _, reason, group in stats.reasons()) or "there are none"
+        raise ConfigError(f"no document is left to tokenize: {reasons}; mend that, remove {args.out}, and try again")
     shards = TokenShards.open(args.out)
     report = {"path": str(args.out), "documents": len(shards.lengths), "tokens": int(shards.lengths.sum())}
     if args.json:

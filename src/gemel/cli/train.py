@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -49,15 +50,24 @@ def run(args: argparse.Namespace) -> int:
         return _search(args, recipe)
     from gemel.train import run as training
 
-    result = training.run(recipe, peak(recipe), args.quiet)
-    latest = recipe.out / "latest"
+    try:
+        result = training.run(recipe, peak(recipe), args.quiet)
+    except KeyboardInterrupt:
+        if not args.quiet and (place is None or place.rank == 0):
+            print("gemel: stopped; the same command goes on from what is saved", file=sys.stderr)
+        raise
+    latest, best = recipe.out / "latest", recipe.out / "best"
     if place is not None and place.rank > 0:
         return 0  # the first speaks for all
     if args.json:
         print(json.dumps(asdict(result) | {"path": str(latest)}))
     elif result.finished:
         loss = "" if result.validation_loss is None else f", validation loss {result.validation_loss:.4f}"
-        print(f"finished at step {result.step}{loss}; try: gemel generate --model {latest} 'Once'")
+        chats = any(source.kind == "conversations" for source in recipe.data.train)
+        command = f"gemel chat --model {latest}" if chats else f"gemel generate --model {latest} 'Once'"
+        print(f"finished at step {result.step}{loss}; try: {command}")
+        if best.exists() and best.resolve() != latest.resolve():
+            print(f"the model with the least validation loss is {best}, of {best.resolve().name}")
     else:
         print(f"stopped at step {result.step}; the same command goes on from here")
     # What launched this process would take another status for a failure, and kill those that are still saving.

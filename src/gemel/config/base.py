@@ -13,11 +13,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gemel.config.errors import ConfigError
 
+MOST = 4  # mistakes that one message tells
+
 
 class Config(BaseModel):
-    """Frozen plain data. Build it with `parse` when the values come from a user."""
+    """Frozen plain data. Build it with `parse` when the values come from a user. Numbers are finite unless a field says otherwise."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
@@ -28,7 +30,8 @@ class Config(BaseModel):
             found = error.errors()
             outer = {one["loc"][:length] for one in found for length in range(len(one["loc"]))}
             causes = [one for one in found if one["loc"] not in outer] or found  # what contains a mistake is reported as one, too
-            raise ConfigError("; ".join(_explain(cls, one) for one in causes)) from None
+            more = [f"and {len(causes) - MOST} more"] if len(causes) > MOST else []
+            raise ConfigError("; ".join([*(_explain(cls, one) for one in causes[:MOST]), *more])) from None
 
 
 def _explain(cls: type[BaseModel], error: Any) -> str:
@@ -45,6 +48,8 @@ def _explain(cls: type[BaseModel], error: Any) -> str:
         tags = [tag for choice in choices for tag in _tags(choice)]
         kind = error["input"].get("kind") if isinstance(error["input"], Mapping) else None
         return f"{where} has no kind; it is one of {', '.join(tags)}" if kind is None else _unknown(f"{where}.kind", kind, tags)
+    if error["type"] in ("model_type", "model_attributes_type") and choices:
+        return f"{where} = {error['input']!r} is no table; it has the keys {', '.join(choices[0].model_fields)}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}" if where else message

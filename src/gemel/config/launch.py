@@ -16,7 +16,8 @@ from gemel.config.base import Config
 from gemel.config.errors import ConfigError
 from gemel.config.parallel import ParallelConfig
 
-PORT = 29500  # where the processes of several machines find each other
+PORT = 29500  # where the processes of several machines find each other: this, and up to PORTS more by the number of the job,
+PORTS = 1000  # because another job may have the same first machine
 GRACE_S = 600  # that processes have to save before they are killed; torchrun's own 30 are few for a large model
 
 
@@ -25,7 +26,7 @@ class LaunchConfig(Config):
 
     nproc      processes on each machine, one per GPU
     nodes      machines
-    cpus       cores of each machine that a scheduler is asked for; None leaves it to its default
+    cpus       cores of each machine that a scheduler is asked for; None asks for one per process, for a scheduler's own default may be one
     gpus       GPUs of each machine that it is asked for
     time       that the job may take, as 12:00:00 or whatever the scheduler understands; a checkpoint is saved two minutes before its end
     partition  of the cluster
@@ -41,6 +42,11 @@ class LaunchConfig(Config):
     partition: str | None = None
     account: str | None = None
     name: str = "gemel"
+
+    @property
+    def num_cpus(self) -> int:
+        """Cores of each machine that are asked for."""
+        return self.cpus or self.nproc
 
 
 def spread(parallel: ParallelConfig, nproc: int | None, nodes: int) -> tuple[int, int]:
@@ -80,7 +86,7 @@ def slurm(config: LaunchConfig, program: str, train: list[str], folder: str, env
         "job-name": config.name,
         "nodes": config.nodes,
         "ntasks-per-node": 1,
-        "cpus-per-task": config.cpus,
+        "cpus-per-task": config.num_cpus,
         "gpus-per-node": config.gpus or None,
         "time": config.time,
         "partition": config.partition,
@@ -96,10 +102,12 @@ def slurm(config: LaunchConfig, program: str, train: list[str], folder: str, env
         "set -euo pipefail",
         f"cd {shlex.quote(folder)}",
         *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
-        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "srun --kill-on-bad-exit=1 " + shlex.quote(program) + " \\",
+        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
+        f"port=$(({PORT} + SLURM_JOB_ID % {PORTS}))",
+        "# srun does not take the number of cores over from the lines above by itself.",
+        f"srun --kill-on-bad-exit=1 --cpus-per-task={config.num_cpus} {shlex.quote(program)} \\",
         f'    --nnodes="$SLURM_NNODES" --nproc-per-node={config.nproc} \\',
-        f'    --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$first:{PORT}" \\',
+        '    --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$first:$port" \\',
         "    -m gemel train " + shlex.join(train),
     ]
     return "\n".join(lines) + "\n"
@@ -107,9 +115,10 @@ def slurm(config: LaunchConfig, program: str, train: list[str], folder: str, env
 
 _RAY = '''"""A training job on a Ray cluster: {nodes} machines with {nproc} processes each.
 
-    ray job submit --working-dir . -- python {file}
+    {submit}
 
-Ray only decides which machines; on each of them torchrun starts the processes. The same file run again goes on from the last checkpoint.
+Ray only decides which machines; on each of them torchrun starts the processes, in a folder that all machines must share. The same file run
+again goes on from the last checkpoint.
 """
 
 import os
@@ -174,9 +183,9 @@ if __name__ == "__main__":
 '''
 
 
-def ray(config: LaunchConfig, train: list[str], folder: str, environment: dict[str, str], file: str) -> str:
+def ray(config: LaunchConfig, train: list[str], folder: str, environment: dict[str, str], submit: str) -> str:
     """A program for `ray job submit`: one placement group with a bundle on each machine, and torchrun in each bundle."""
-    resources = {"CPU": config.cpus or 1} | ({"GPU": config.gpus} if config.gpus else {})
+    resources = {"CPU": config.num_cpus} | ({"GPU": config.gpus} if config.gpus else {})
     return _RAY.format(
         nodes=config.nodes,
         nproc=config.nproc,
@@ -184,5 +193,5 @@ def ray(config: LaunchConfig, train: list[str], folder: str, environment: dict[s
         folder=json.dumps(folder),
         environment=json.dumps(environment),
         train=json.dumps(train),
-        file=file,
+        submit=submit,
     )

@@ -293,7 +293,8 @@ class StabilityConfig(Config):
     """When a step is skipped and when the run goes back to its last good checkpoint.
 
     A step is bad when its loss or gradient norm is not finite, or, with `spikes`, lies more than `threshold` robust standard deviations
-    above the median of the last `window` good steps. A bad step is skipped; `patience` bad steps in a row mean that the weights are bad.
+    above the median of the last `window` good steps. A bad step is skipped; `patience` bad steps in a row mean that the weights are bad,
+    unless only the norm of the last is large and its loss in order: then it counts, as all such steps that follow.
 
     spikes          false: only what is not finite is bad
     window          good steps that are remembered
@@ -301,7 +302,7 @@ class StabilityConfig(Config):
     threshold       in robust standard deviations, 1.4826 times the median absolute deviation
     loss_floor      the standard deviation of the loss is taken to be at least this share of its median
     norm_floor      the same for the logarithm of the norm, in absolute terms: 0.1 is 10%
-    patience        bad steps in a row that lead to a rollback
+    patience        bad steps in a row that lead to a rollback, or to bearing with large norms
     max_rollbacks   one more ends the run with an error
     """
 

@@ -174,7 +174,8 @@ class TrainRecipe(Config):
             raise ValueError("a new model needs a tokenizer: add [tokenizer] with kind = 'pretrained' or 'learnt'")
         if isinstance(self.model, NewModel) and self.batch.sequence > self.model.config.max_positions:
             raise ValueError(
-                f"batch.sequence = {self.batch.sequence} is more than model.config.max_positions = {self.model.config.max_positions}"
+                f"batch.sequence = {self.batch.sequence} is more than model.config.max_positions = {self.model.config.max_positions}; "
+                "lower it"
             )
         sources = (*self.data.train, *self.data.validation)
         if isinstance(self.tokenizer, LearntTokenizer) and not any(isinstance(source, DocumentSource) for source in sources):
@@ -194,6 +195,8 @@ class TrainRecipe(Config):
         if (self.save.best or self.validation.patience) and not (self.data.validation or self.data.holdout):
             name = "save.best" if self.save.best else "validation.patience"
             raise ValueError(f"{name} needs something to validate on: set data.holdout = 0.01, or give data.validation")
+        if self.validation.patience and not self.validation.every:
+            raise ValueError(f"validation.patience = {self.validation.patience} counts looks on the way: set validation.every, too")
         self._check_parallel()
         if self.batch.sequences % self.parallel.data:
             unit = math.lcm(self.parallel.data * self.batch.sequence, self.batch.micro_tokens or 1)

@@ -288,6 +288,18 @@ class Lock:
         self._file.close()
 
 
+def locked(output: Path) -> bool | None:
+    """Whether somebody holds the lock of a folder now; None where that cannot be known."""
+    try:
+        with (output / "work" / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None  # no lock was ever there, or this file system has none
+    return False
+
+
 def write_manifest(output: Path, files: Mapping[str, Entry], stats: Mapping[str, Any]) -> None:
     """What a finished run consists of. Holds no times, hosts or worker numbers: equal results have equal manifests."""
     values = {"version": VERSION, "files": {name: asdict(entry) for name, entry in files.items()}, "stats": stats}

@@ -107,6 +107,8 @@ class Loop:
                 self._look()
             if self._saved < trainer.step:
                 self._save()
+            if trainer.step < recipe.steps and finished:
+                self._say_why_early()
         return Result(trainer.step, self._loss, self._validation_loss, finished)
 
     def _account(self, work: Step, report: Report, step_s: float, wait_s: float) -> None:
@@ -157,6 +159,12 @@ class Loop:
     def _hopeless(self) -> bool:
         patience = self._recipe.validation.patience
         return self._given_up or (patience is not None and self._best.looks_since >= patience)
+
+    def _say_why_early(self) -> None:
+        looks, patience = self._best.looks_since, self._recipe.validation.patience
+        why = "it was given up" if self._given_up else f"{looks} looks without a validation loss below {self._best.loss:.4f}"
+        way_out = "" if self._given_up else f" (validation.patience = {patience}; with more of it the same command goes on)"
+        self._progress.say(f"ended before step {self._recipe.steps}: {why}{way_out}")
 
     def _save(self, best: bool = False) -> None:
         if self._saved == self._trainer.step:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,16 +30,17 @@ class Metrics:
     """Writes metrics.jsonl, and tells trackers, which it closes."""
 
     def __init__(self, out: Path, num_bytes: int = 0, peak_flops_per_s: float | None = None, trackers: Sequence[Tracker] = ()):
-        """`num_bytes` of what is there stay."""
+        """`num_bytes` of what is there stay, if there are so many: somebody may have removed the file, or power failed."""
         self._peak, self._trackers = peak_flops_per_s, trackers
         self._file = (out / FILE).open("ab")
-        os.truncate(out / FILE, num_bytes)
+        os.truncate(out / FILE, min(num_bytes, self.num_bytes))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with suppress(OSError) if error is not None else nullcontext():  # a full disk has been told of, and refuses what is buffered again
+            self._file.close()
         for tracker in self._trackers:
             tracker.close(failed=error is not None)
 
@@ -70,7 +72,7 @@ class Metrics:
         self._file.flush()
 
     def _show(self, values: Mapping[str, float], step: int) -> None:
-        for tracker in self._trackers:
+        for tracker in self._trackers if values else ():
             tracker.show(values, step)
 
 

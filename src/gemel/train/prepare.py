@@ -38,7 +38,8 @@ from gemel.data.document import Dropped
 from gemel.data.pipeline import Job
 from gemel.data.read.reader import Reading
 from gemel.data.run import start
-from gemel.data.run.board import Board
+from gemel.data.run.board import Board, Interrupted, StopRequest
+from gemel.data.run.local import TaskFailed
 from gemel.data.shards import TokenShards
 from gemel.tokenizer.conversation import Conversation
 from gemel.tokenizer.mask import encode_turns
@@ -119,7 +120,7 @@ class Preparation:
                 f"{source.recipe} writes {recipe.output.kind}, but text in JSON lines is needed: set output.kind = 'jsonl' there"
             )
         folder = Path(recipe.output.path or self._out / "text" / name_of(source))
-        self._run(recipe.model_copy(update={"output": recipe.output.model_copy(update={"path": str(folder)})}))
+        self._run(recipe.model_copy(update={"output": recipe.output.model_copy(update={"path": str(folder)})}), f"cleaning {source.recipe}")
         return JsonlInput(kind="jsonl", paths=(str(folder / "kept"),), unit_bytes=UNIT_BYTES)
 
     def _tokenized(self, source: DocumentSource, tokenizer: Tokenizer) -> Path:
@@ -136,15 +137,25 @@ class Preparation:
                 shutil.rmtree(folder)
             files = self._made("tokenizer", [_checksum(tokenizer)], tokenizer.save) if not isinstance(config, LearntTokenizer) else None
             output = TokensOutput(kind="tokens", path=str(folder), tokenizer=files or self._out / "tokenizer", end_of_document=end)
-            self._run(Recipe(input=(text,), output=output))
+            self._run(Recipe(input=(text,), output=output), f"tokenizing {name_of(source)}")
             manifest.write_file(folder, MADE_OF, orjson.dumps(made_of))
         return folder
 
-    def _run(self, recipe: Recipe) -> None:
+    def _run(self, recipe: Recipe, what: str) -> None:
         """Do what is missing of a data recipe; nothing is said of one that is finished."""
         assert recipe.output.path is not None
-        if not Job.begin(recipe, Path(recipe.output.path)).finished:
-            start.run(recipe, self._board)
+        job = Job.begin(recipe, Path(recipe.output.path))
+        if not job.finished:
+            self._progress.say(f"{what} into {recipe.output.path}")
+            try:
+                with StopRequest(self._board) as stop:
+                    start.run(recipe, self._board, stop)
+            except TaskFailed as error:
+                raise ConfigError(f"{what}: {error}; the same command goes on from there when that is mended") from None
+            if stop.asked:
+                raise Interrupted
+        if job.finished and not job.stats().kept.documents:
+            raise ConfigError(f"{what} leaves nothing of its input; see why with: gemel data inspect {recipe.output.path}")
 
     def _conversations(self, source: ConversationSource, tokenizer: Tokenizer) -> Documents:
         name, length = name_of(source), self._recipe.batch.sequence
@@ -276,7 +287,9 @@ def _conversations(path: Path) -> Iterator[Conversation]:
         for number, line in enumerate(lines, 1):
             try:
                 yield Conversation.from_json(orjson.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
                 raise ConfigError(
-                    f"{path}, line {number} is no conversation ({error!r}); make some with: gemel data sft FILES --out DIR"
+                    f"{path}, line {number} is no conversation as gemel data sft writes them ({why}); make some of your rows with: "
+                    f"gemel data sft {path} --out DIR, and name DIR/conversations.jsonl"
                 ) from None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import tomli_w
@@ -13,7 +14,7 @@ from torch import nn
 
 from gemel.config import env
 from gemel.config import train as config
-from gemel.config.errors import ConfigError
+from gemel.config.errors import CheckpointError, ConfigError
 from gemel.config.sources import NewModel, PretrainedModel
 from gemel.config.train import TrainRecipe
 from gemel.data import manifest
@@ -22,9 +23,9 @@ from gemel.model.build import LoadedModel
 from gemel.model.model import Model
 from gemel.ops import hardware
 from gemel.tokenizer.tokenizer import Tokenizer
-from gemel.train import precision, trackers
+from gemel.train import precision, schedule, trackers
 from gemel.train.checkpoint import Checkpoints, Found
-from gemel.train.loader import Loader
+from gemel.train.loader import Loader, Source
 from gemel.train.loop import Loop, Result, Watch
 from gemel.train.metrics import Metrics
 from gemel.train.parallel.mesh import Mesh, join
@@ -33,6 +34,7 @@ from gemel.train.progress import Progress
 from gemel.train.trainer import Trainer
 
 RECIPE = "run.toml"
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def run(
@@ -52,11 +54,25 @@ def run(
     torch.manual_seed(recipe.seed)
     if threads := threads_of(recipe, device):
         torch.set_num_threads(threads)
-    with join(recipe.parallel, device) as mesh:
+    with join(recipe.parallel, device) as mesh, _room(recipe.out):
         make_folder(recipe.out)
         with manifest.Lock(recipe.out, shared=False) if mesh.first else nullcontext():
             peak = None if peak_flops_per_s is None else mesh.sum([peak_flops_per_s])[0]
             return _run(recipe, device, mesh, Progress(recipe.steps, peak, quiet or not mesh.first), peak, watch, prepared)
+
+
+@contextmanager
+def _room(out: Path) -> Iterator[None]:
+    """Turns what a disk refuses into something to read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        where = error.filename or f"to {out}"
+        raise ConfigError(
+            f"cannot write {where}: {error.strerror}; mend that, and the same command goes on from what is saved, or give another --output"
+        ) from None
 
 
 def make_folder(out: Path) -> None:
@@ -79,22 +95,29 @@ def _run(
     with mesh.in_turn():
         _check_recipe(recipe)
         _check_shared(recipe, mesh)
+        _check_before_long(recipe)
         preparation = Preparation(recipe, progress, progress.quiet, prepared)
         tokenizer = preparation.tokenizer()
+        _check_vocabulary(recipe, tokenizer)
         training, validation = preparation.sources(tokenizer)
     with Checkpoints(recipe.out, recipe.save, tokenizer, mesh) as checkpoints:
         found = checkpoints.latest()
+        _check_found(recipe, found)
         with mesh.in_turn():
             _write_recipe(recipe, mesh)
-        trainer = Trainer(recipe, _model(recipe, tokenizer, found), device, mesh)
+        loaded = _model(recipe, tokenizer, found)
+        begins = _begins(recipe, loaded, training, found)
+        trainer = Trainer(recipe, loaded, device, mesh)
         loader = Loader(training, recipe.batch, mesh.data.rank, mesh.data.size)
         num_bytes = 0 if found is None else found.state["metrics_bytes"]
         with Metrics(recipe.out, num_bytes, peak_flops_per_s, trackers.of(recipe)) if mesh.first else nullcontext() as metrics:
             loop = Loop(recipe, trainer, loader, validation, checkpoints, metrics, progress, mesh, watch)
             if found is not None:
                 loop.resume(found)
-                progress.say(f"going on from step {found.step} in {recipe.out}")
-            return loop.run()
+            progress.say(begins)
+            result = loop.run()
+    with mesh.in_turn():  # who leaves while rank 0 still writes makes launchers and schedulers end it, too
+        return result
 
 
 def _check_shared(recipe: TrainRecipe, mesh: Mesh) -> None:
@@ -142,15 +165,6 @@ def _model(recipe: TrainRecipe, tokenizer: Tokenizer, found: Found | None) -> Lo
     else:
         build.described(recipe.model.config)
         loaded = fresh(recipe.model, recipe.seed, tokenizer, dtype)
-    if recipe.batch.sequence > loaded.config.max_positions:
-        raise ConfigError(
-            f"batch.sequence = {recipe.batch.sequence} is more than the model's {loaded.config.max_positions} positions; lower it"
-        )
-    if len(tokenizer.bytes_of) > loaded.config.vocab_size:
-        raise ConfigError(
-            f"the model has {loaded.config.vocab_size} rows in its vocabulary, the tokenizer {len(tokenizer.bytes_of)} tokens; set "
-            "model.config.vocab_size of a new model to that or more, or extend one that exists with: gemel tokenizer extend"
-        )
     return loaded
 
 
@@ -169,6 +183,41 @@ def fresh(new: NewModel, seed: int, tokenizer: Tokenizer, dtype: torch.dtype = t
         for parameter in model.parameters():
             parameter.data = parameter.to(dtype)
     return LoadedModel(model, config, Path(), tokenizer.eos_ids, tokenizer.bos_id, dtype)
+
+
+def _check_before_long(recipe: TrainRecipe) -> None:
+    """What would otherwise come to light when the data is prepared, which may take hours."""
+    trackers.require(recipe.metrics)
+    schedule.rate(recipe.optim, 0, recipe.steps)
+    if isinstance(recipe.model, PretrainedModel) and recipe.batch.sequence > (most := build.peek(recipe.model.path).config.max_positions):
+        raise ConfigError(f"batch.sequence = {recipe.batch.sequence} is more than the model's {most} positions; lower it")
+
+
+def _check_vocabulary(recipe: TrainRecipe, tokenizer: Tokenizer) -> None:
+    new = isinstance(recipe.model, NewModel)
+    rows = recipe.model.config.vocab_size if isinstance(recipe.model, NewModel) else build.peek(recipe.model.path).config.vocab_size
+    if (num := len(tokenizer.bytes_of)) > rows:
+        way_out = f"set model.config.vocab_size = {num} or more" if new else "extend the model with: gemel tokenizer extend"
+        raise ConfigError(f"the model has {rows} rows in its vocabulary, the tokenizer {num} tokens; {way_out}")
+
+
+def _check_found(recipe: TrainRecipe, found: Found | None) -> None:
+    """Checkpoints that cannot be read are not written over: somebody may be able to repair them, or have a gemel that reads them."""
+    if found is None and any((recipe.out / "state").glob("step-*")):
+        raise CheckpointError(
+            f"{recipe.out} holds checkpoints, and none of them is whole; give another --output, or remove that folder to begin anew"
+        )
+
+
+def _begins(recipe: TrainRecipe, loaded: LoadedModel, sources: Sequence[Source], found: Found | None) -> str:
+    """How much is learnt by how much: whether a run sees its data a tenth of a time or fifty times is worth a line."""
+    if found is not None and found.step >= recipe.steps:
+        return f"all of steps = {recipe.steps} are done; with more of them, as --set steps={2 * found.step}, the run goes on"
+    num_weights = sum(parameter.numel() for parameter in loaded.model.parameters())
+    there, batch = sum(int(source.documents.lengths.sum()) for source in sources), recipe.batch.tokens
+    times = f"go through them {recipe.steps * batch / there:.3g} times"
+    goes_on = "" if found is None else f"going on from step {found.step} in {recipe.out}: "
+    return f"{goes_on}{num_weights:,} weights, {there:,} tokens to learn from; {recipe.steps:,} steps of {batch:,} {times}"
 
 
 def _check_recipe(recipe: TrainRecipe) -> None:

@@ -19,7 +19,7 @@ from gemel.config.optim import WSD, Constant, Cosine, Exponential, Linear, Optim
 def rate(config: OptimConfig, step: int, num_steps: int) -> float:
     """The rate of step `step` (from 0) of `num_steps`; `step == num_steps` gives where the curve ends. `ConfigError` beyond that."""
     if not 0 <= step <= num_steps:
-        raise ConfigError(f"step = {step} is not within the {num_steps} steps of the schedule; raise num_steps to go on")
+        raise ConfigError(f"step = {step} is not within the {num_steps} steps of the schedule; raise steps to go on")
     return config.lr * share(config.schedule, step, num_steps)
 
 
@@ -28,7 +28,7 @@ def share(schedule: Schedule, step: int, num_steps: int) -> float:
     warmup = steps(schedule.warmup, num_steps)
     if warmup > num_steps:
         raise ConfigError(
-            f"schedule.warmup = {schedule.warmup} is {warmup} steps, the run has {num_steps}; shorten it or make num_steps larger"
+            f"schedule.warmup = {schedule.warmup} is {warmup} steps, the run has steps = {num_steps}; shorten it, or raise steps"
         )
     if isinstance(schedule, WSD):
         decay = steps(schedule.decay, num_steps)

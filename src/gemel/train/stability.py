@@ -5,8 +5,9 @@
 
 A bad batch is one bad step, and skipping it is all that is needed. Bad weights (a flipped bit, a step that went too far) make every
 following step bad, and only an earlier checkpoint helps. So single bad steps are skipped and counted, and several in a row are a rollback,
-after which the loop also passes over the data of the steps in question. Everything that decides is a few numbers that go into the
-checkpoint.
+after which the loop also passes over the data of the steps in question. Gradients that stay large while the loss is in order are neither:
+the weights stand where it is steep, would stand there forever if all steps were skipped, and clipping is made for that. Everything that
+decides is a few numbers that go into the checkpoint.
 """
 
 from __future__ import annotations
@@ -180,14 +181,13 @@ class SpikeDetector:
     def observe(self, step: int, loss: float, norm: float) -> Verdict:
         """Judge step `step`. A rollback must be answered with `rolled_back`."""
         reason = self._fault(loss, norm)
-        if not reason:
-            self._window.append(Good(step, loss, norm))
-            self._bad_in_a_row = 0
-            return Verdict("ok")
-        self._bad_in_a_row += 1
-        if self._bad_in_a_row < self.config.patience:
+        self._bad_in_a_row = self._bad_in_a_row + 1 if reason else 0
+        if reason and self._bad_in_a_row < self.config.patience:
             self.num_skipped += 1
             return Verdict("skip", reason)
+        if not reason or self._only_steep(loss, norm):
+            self._window.append(Good(step, loss, norm))
+            return Verdict("ok")
         self._check_may_roll_back(step, reason)
         return Verdict("rollback", f"{self._bad_in_a_row} bad steps in a row, the last one: {reason}")
 
@@ -221,13 +221,20 @@ class SpikeDetector:
             return f"the gradient norm is {norm}"
         if not self.config.spikes or len(self._window) < self.config.least_window:
             return ""
-        losses = [good.loss for good in self._window]
-        if (z := _robust_z(loss, losses, self.config.loss_floor * abs(median(losses)))) > self.config.threshold:
-            return f"the loss of {loss:.4g} is {z:.1f} deviations above the median of {median(losses):.4g}"
+        if (z := self._loss_z(loss)) > self.config.threshold:
+            return f"the loss of {loss:.4g} is {z:.1f} deviations above the median of {median(good.loss for good in self._window):.4g}"
         norms = [_log(good.norm) for good in self._window]
         if (z := _robust_z(_log(norm), norms, self.config.norm_floor)) > self.config.threshold:
             return f"the gradient norm of {norm:.4g} is {z:.1f} deviations above the median of {math.exp(median(norms)):.4g}"
         return ""
+
+    def _only_steep(self, loss: float, norm: float) -> bool:
+        """Whether nothing is wrong with a bad step but its norm."""
+        return math.isfinite(loss) and math.isfinite(norm) and self._loss_z(loss) <= self.config.threshold
+
+    def _loss_z(self, loss: float) -> float:
+        losses = [good.loss for good in self._window]
+        return _robust_z(loss, losses, self.config.loss_floor * abs(median(losses)))
 
     def _check_may_roll_back(self, step: int, reason: str) -> None:
         if self.num_rollbacks >= self.config.max_rollbacks:

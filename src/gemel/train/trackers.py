@@ -1,7 +1,7 @@
 """Where else numbers go while a run goes: TensorBoard, Weights & Biases, MLflow. None is needed, so none is imported unless asked for.
 
-A run that goes on is the same run there: what it is called by is noted in `trackers.json`. A run that was rolled back shows steps again
-that were shown before; all three draw what came last.
+A run that goes on is the same run there: what it is called by is noted in `trackers.json`. A run that was rolled back, or killed after its
+last checkpoint, shows steps again that were shown before; all three draw what came last.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gemel.config.errors import UnsupportedError
-from gemel.config.train import MLflowConfig, TrainRecipe, WandbConfig
+from gemel.config.train import MetricsConfig, MLflowConfig, TrainRecipe, WandbConfig
 
 NAMES = "trackers.json"
 MLFLOW_CHARS = 500  # of a parameter's value that it takes
@@ -44,20 +44,34 @@ def of(recipe: TrainRecipe) -> list[Tracker]:
     return made
 
 
+def require(config: MetricsConfig) -> None:
+    """`UnsupportedError` if a package is missing, before there is anything to show."""
+    for module, name in {"torch.utils.tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}.items():
+        if getattr(config, name):
+            _package(module, name)
+
+
 class TensorBoard:
-    """Event files in the run's folder."""
+    """Event files in the run's folder. When steps begin or come again, a new file tells TensorBoard to forget what it has from there on."""
 
     def __init__(self, out: Path):
-        self._writer = _package("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(out / "tensorboard"))
+        self._folder, self._board = str(out / "tensorboard"), _package("torch.utils.tensorboard", "tensorboard")
+        self._writer: Any = None
+        self._step = 0
 
     def show(self, values: Mapping[str, float], step: int) -> None:
         """See `Tracker.show`."""
+        if self._writer is None or step < self._step:
+            self.close(failed=False)
+            self._writer = self._board.SummaryWriter(self._folder, purge_step=step)
+        self._step = step
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self, failed: bool) -> None:  # noqa: ARG002
         """See `Tracker.close`."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class Wandb:

@@ -300,7 +300,7 @@ class PerplexityConfig(Config):
     kind: Literal["perplexity"] = "perplexity"
     model: Path
     language: str = ""
-    max_perplexity: Positive = float("inf")
+    max_perplexity: Annotated[float, Field(gt=0.0, allow_inf_nan=True)] = float("inf")
     min_perplexity: NonNegativeFloat = 0.0
     buckets: tuple[Positive, ...] = ()
     unit: Literal["words", "spaces", "characters"] = "spaces"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from gemel.config.data.pipeline import LocalRun, RayRun, Recipe, SlurmRun
@@ -14,8 +15,9 @@ from gemel.data.run.board import Board, StopRequest
 from gemel.data.stats import Stats
 
 
-def run(recipe: Recipe, board: Board | None = None) -> Stats | None:
-    """Do what is missing of a run. None if other members of an array have to finish it.
+def run(recipe: Recipe, board: Board | None = None, stop: StopRequest | None = None) -> Stats | None:
+    """Do what is missing of a run. None if other members of an array have to finish it. Who passes `stop` has entered it, and asks it
+    afterwards: a run that was nearly done when somebody pressed Ctrl-C comes to its end.
 
     Errors: `ConfigError` and its kin; `local.TaskFailed`; `slurm.NotYet`; `board.Interrupted`. After all of them the same call goes on.
     """
@@ -28,7 +30,7 @@ def run(recipe: Recipe, board: Board | None = None) -> Stats | None:
     if job.finished:
         board.say(f"{output} is finished already")
         return job.stats()
-    with manifest.Lock(output, shared=place is not None), StopRequest(board) as stop:
+    with manifest.Lock(output, shared=place is not None), nullcontext(stop) if stop else StopRequest(board) as stop:
         match recipe.run:
             case LocalRun():
                 with local.Workers(job, recipe.run.workers or usable_cores(), board, stop) as workers:
