@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,11 @@ def test_mistakes_cost_one_line(corpus: Path, tmp_path: Path, capsys: pytest.Cap
     assert "a.toml is a data recipe and says by itself what is read" in capsys.readouterr().err
     assert main(["tokenize", str(corpus), *there, "--end", "<nothing>", "--quiet"]) == 2
     assert "<nothing>" in capsys.readouterr().err
+
+
+def test_that_nothing_is_left_is_said_with_the_reasons(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["tokenize", str(corpus), "--tokenizer", str(tmp_path / "tok"), "--out", str(tmp_path / "out"), "--workers", "1", "--quiet"]
+    assert main(argv) == 2
+    assert f"no document is left to tokenize: {len(TEXTS)} " in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out")
+    assert main([*argv, "--text-field", "content"]) == 0
