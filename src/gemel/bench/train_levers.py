@@ -31,6 +31,8 @@ LEVERS = {
     "recompute-2": Lever(("activations={kind='recompute',blocks=2}",), "between each block and sqrt(n)"),
     "recompute-sqrt": Lever(("activations={kind='recompute',blocks='sqrt'}",), "activation memory of O(sqrt n) (arXiv 1604.06174)"),
     "keep": Lever(("activations={kind='none'}",), "without `selective`, which is the default and recomputes norms and gates"),
+    "heap": Lever(("heap='return'",), "nothing; memory without holes"),
+    "recompute+heap": Lever(("activations={kind='recompute'}", "heap='return'"), "nothing"),
     "accumulate": Lever(("batch.micro_tokens=SEQUENCE",), "activations of one micro-batch, no other cost"),
     "state-bf16": Lever(("optim.state='bf16'",), "half of Adam's 8 bytes per parameter"),
     "state-int8": Lever(("optim.state='int8'",), "a quarter of Adam's 8 bytes per parameter (arXiv 2110.02861)"),

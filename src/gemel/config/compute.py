@@ -86,6 +86,9 @@ class SelectiveRecompute(Config):
 Activations = Annotated[KeepActivations | RecomputeBlocks | SelectiveRecompute, Field(discriminator="kind")]
 
 
+Heap = Literal["keep", "return"]
+
+
 class NoCompile(Config):
     """The model runs as it is written."""
 

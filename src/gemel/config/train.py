@@ -23,6 +23,7 @@ from gemel.config.compute import (
     Activations,
     Compile,
     CompileBlocks,
+    Heap,
     KeepActivations,
     NoCompile,
     OffloadConfig,
@@ -141,6 +142,8 @@ class TrainRecipe(Config):
     steps    of the optimizer
     device   auto takes cuda where there is one, else cpu
     threads  of one operation; None takes the cores that this process may use
+    heap     what a CPU does with the memory of large tensors that nobody needs any more: keep it for the next ones, which leaves holes, or
+             return it to the system, which costs time
 
     Activations are selective unless that is set otherwise or blocks are compiled.
     """
@@ -158,6 +161,7 @@ class TrainRecipe(Config):
     tiling: Tiling = Untiled()
     compile: Compile = NoCompile()
     activations: Activations = Field(default_factory=_activations)
+    heap: Heap = "keep"
     dropout: DropoutConfig = DropoutConfig()
     stability: StabilityConfig = StabilityConfig()
     validation: ValidationConfig = ValidationConfig()

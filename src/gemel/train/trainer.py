@@ -21,7 +21,7 @@ from torch import Tensor
 from gemel.config.train import DropoutConfig, TrainRecipe
 from gemel.model.attend import Attend
 from gemel.model.build import LoadedModel
-from gemel.train import optim, precision, rewrite, schedule, stability
+from gemel.train import heap, optim, precision, rewrite, schedule, stability
 from gemel.train.batch import PLACE, Batch
 from gemel.train.dropout import Placed
 from gemel.train.flops import Flops
@@ -68,6 +68,7 @@ class Trainer:
 
     def __init__(self, recipe: TrainRecipe, loaded: LoadedModel, device: torch.device, mesh: Mesh | None = None):
         self._recipe, self.loaded, self._device = recipe, loaded, device
+        heap.apply(recipe.heap)
         mesh = mesh or Mesh()
         self._homes = Homes.of(recipe.offload, device, recipe.out / "work" / "offload")
         gathered = recipe.parallel.zero == "parameters"  # moves what it keeps itself, a block at a time: the whole need not fit there
