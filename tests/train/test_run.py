@@ -67,7 +67,7 @@ def outcome(out: Path) -> tuple[bytes, bytes, str]:
     lines = [{key: value for key, value in line.items() if not key.endswith("_s")} for line in metrics.read(out)]
     state = json.loads((out / "state" / (out / "latest").readlink() / "state.json").read_text())
     assert state["state"]["trainer"]["step"] == max(line["step"] for line in lines)
-    tensors = next((out / "state").glob("*/tensors.safetensors")).read_bytes()
+    tensors = next((out / "state").glob("*/rank-00000.safetensors")).read_bytes()
     return (out / "latest" / "model.safetensors").read_bytes(), tensors, repr(lines)  # as text, for NaN is not NaN
 
 

@@ -14,7 +14,6 @@ The files have no names from the moment they are there: however a process ends, 
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import mmap
 import os
@@ -23,7 +22,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +35,6 @@ from gemel.config.errors import ConfigError, UnsupportedError
 from gemel.config.train import OffloadConfig, Resident, ToDisk, ToMemory
 from gemel.model.attend import Attend
 from gemel.model.attention import Rotation
-from gemel.model.build import LoadedModel
 from gemel.model.model import Model
 
 Forward = Callable[[Tensor, Rotation | None, Attend], Tensor]
@@ -297,13 +295,11 @@ class Homes:
                 module.to(device)
         return model
 
-    def whole(self, loaded: LoadedModel) -> LoadedModel:
-        """A model to be saved: its parameters are what lies at home."""
-        home = self.parameters
-        if home is None or isinstance(home, Disk):
-            return loaded
-        stored = {id(p): nn.Parameter(home.at_home(p.detach()), requires_grad=False) for p in loaded.model.parameters()}
-        return replace(loaded, model=copy.deepcopy(loaded.model, stored))
+    def at_home(self, tensor: Tensor) -> Tensor:
+        """What a parameter or a state holds, to be saved."""
+        for home in self.all:
+            tensor = home.at_home(tensor)
+        return tensor
 
     @torch.no_grad()
     def write(self, parameter: Tensor, value: Tensor) -> None:

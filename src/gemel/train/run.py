@@ -19,6 +19,7 @@ from gemel.data import manifest
 from gemel.model import build
 from gemel.model.build import LoadedModel
 from gemel.model.model import Model
+from gemel.model.pieces import Share
 from gemel.ops import hardware
 from gemel.tokenizer.tokenizer import Tokenizer
 from gemel.train import precision, trackers
@@ -85,7 +86,8 @@ def _run(
         found = checkpoints.latest()
         with mesh.in_turn():
             _write_recipe(recipe, mesh)
-        trainer = Trainer(recipe, _model(recipe, tokenizer, found), device, mesh)
+        loaded, weights = _model(recipe, tokenizer, found, mesh)
+        trainer = Trainer(recipe, loaded, device, mesh, weights)
         loader = Loader(training, recipe.batch, mesh.data.rank, mesh.data.size)
         num_bytes = 0 if found is None else found.state["metrics_bytes"]
         with Metrics(recipe.out, num_bytes, peak_flops_per_s, trackers.of(recipe)) if mesh.first else nullcontext() as metrics:
@@ -93,6 +95,7 @@ def _run(
             if found is not None:
                 loop.resume(found)
                 progress.say(f"going on from step {found.step} in {recipe.out}")
+            del found, weights  # files that are mapped
             return loop.run()
 
 
@@ -132,15 +135,18 @@ def device_of(recipe: TrainRecipe) -> torch.device:
     return torch.device(recipe.device)
 
 
-def _model(recipe: TrainRecipe, tokenizer: Tokenizer, found: Found | None) -> LoadedModel:
-    dtype = precision.parameter_dtype(recipe.optim)
-    if found is not None:
-        loaded = build.load(found.model, dtype)
-    elif isinstance(recipe.model, PretrainedModel):
-        loaded = build.load(recipe.model.path, dtype, weights="dense")
-    else:
+def _model(recipe: TrainRecipe, tokenizer: Tokenizer, found: Found | None, mesh: Mesh) -> tuple[LoadedModel, Share | None]:
+    """With its weights; or without, and apart from it where each of several ranks finds those that it needs."""
+    dtype, weights = precision.parameter_dtype(recipe.optim), None
+    path = found.model if found is not None else recipe.model.path if isinstance(recipe.model, PretrainedModel) else None
+    if path is None:
+        assert isinstance(recipe.model, NewModel)
         build.described(recipe.model.config)
         loaded = fresh(recipe.model, recipe.seed, tokenizer, dtype)
+    elif mesh.num_ranks == 1:
+        loaded = build.load(path, dtype, weights="dense")
+    else:
+        loaded, weights = build.lay_out(path, dtype)
     if recipe.batch.sequence > loaded.config.max_positions:
         raise ConfigError(
             f"batch.sequence = {recipe.batch.sequence} is more than the model's {loaded.config.max_positions} positions; lower it"
@@ -150,7 +156,7 @@ def _model(recipe: TrainRecipe, tokenizer: Tokenizer, found: Found | None) -> Lo
             f"the model has {loaded.config.vocab_size} rows in its vocabulary, the tokenizer {len(tokenizer.bytes_of)} tokens; set "
             "model.config.vocab_size of a new model to that or more, or extend one that exists with: gemel tokenizer extend"
         )
-    return loaded
+    return loaded, weights
 
 
 def fresh(new: NewModel, seed: int, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> LoadedModel:

@@ -12,7 +12,7 @@ Methods that look at a matrix as a whole get it whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -26,7 +26,6 @@ from gemel.train.parallel.mesh import Mesh
 from gemel.train.parallel.sums import Bucket, Slice, Sums, add_up, buckets, unpack
 
 Named = Mapping[str, nn.Parameter]
-Write = Callable[[Tensor, Tensor], None]  # a tensor, and what it becomes
 
 
 class Gradients(Protocol):
@@ -49,8 +48,8 @@ class Gradients(Protocol):
         """Behind the optimizer, whether it moved or not: everybody has the weights, nobody has gradients."""
         ...
 
-    def put(self, name: str, part: Tensor, write: Write) -> None:
-        """Other weights in the place of this tensor rank's part of a parameter, by `write`, which changes a tensor."""
+    def weights(self) -> Mapping[str, Piece]:
+        """What this rank has of the parameters, moved by it or not: to be saved, or changed in place."""
         ...
 
 
@@ -77,17 +76,16 @@ class Everything:
         for parameter in self._named.values():
             parameter.grad = None
 
-    @torch.no_grad()
-    def put(self, name: str, part: Tensor, write: Write) -> None:
-        """See `Gradients.put`."""
-        write(self._named[name], part)
+    def weights(self) -> Mapping[str, Piece]:
+        """See `Gradients.weights`."""
+        return self.pieces
 
 
 class _Owned:
     """Each of the ranks of `mesh.shards` moves a share of the weights."""
 
     def __init__(self, named: Named, mesh: Mesh, speaks: Mapping[str, bool], slices: Mapping[int, list[Slice]]):
-        self._named, self._mesh, self._slices = named, mesh, slices
+        self._named, self._mesh, self._speaks, self._slices = named, mesh, speaks, slices
         self.pieces: dict[str, Piece] = {}
         for one in slices[mesh.shards.rank]:
             whole = one.stop - one.start == one.parameter.numel()
@@ -111,10 +109,9 @@ class _Owned:
             if owner != axis.rank:
                 torch._foreach_copy_(parts, list(torch.split(flat, [len(part) for part in parts])))
 
-    @torch.no_grad()
-    def put(self, name: str, part: Tensor, write: Write) -> None:
-        """See `Gradients.put`."""
-        write(self._named[name], part)
+    def weights(self) -> Mapping[str, Piece]:
+        """See `Gradients.weights`."""
+        return {name: Piece(p, 0, self._speaks[name] and self._mesh.tokens.rank == 0) for name, p in self._named.items()}
 
 
 class OwnedStates(_Owned):
