@@ -1,8 +1,9 @@
 """Something that all ranks do beside training, and then rank 0 for all of them: a save.
 
 It runs in threads while training's own exchanges go on, which have an order that no thread may disturb. So nothing is exchanged here: ranks
-leave word for each other in the store where they met, and look for it now and then. A word has the number of what it is about, and nobody
-leaves the next before the last was heard; so each rank needs one place for its words, however long the run is.
+leave word for each other in the store where they met, and look for it now and then. A word has the number of what it is about, which no
+run before has used, and nobody leaves the next before the last was heard; so each rank needs one place for its words, however long the
+run is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Together:
     """`waits` is true while this rank has done its part and others have not."""
 
     def __init__(self, mesh: Mesh):
-        self._mesh, self._number, self.waits = mesh, 0, False
+        self._mesh, self._number, self.waits = mesh, mesh.from_first(time.time_ns()), False
 
     def do(self, each: Callable[[], Json], rest: Callable[[Sequence[Json]], None]) -> None:
         """Do `each` on this rank; on rank 0 then `rest`, with what `each` returned on all, when all have. Returns when that is done.
