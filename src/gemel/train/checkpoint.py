@@ -146,32 +146,36 @@ class Checkpoints:
             for leftover in self._drafts.glob("step-*.*"):
                 shutil.rmtree(leftover)
         for step in self._mesh.from_first(sorted(_steps(self._out / "state"), reverse=True)):
-            found = None
+            damage: Exception | None = None
             try:
-                found = self._read(step)
+                self._check(step)
             except UnsupportedError:
                 raise
             except (CheckpointError, OSError, ValueError, KeyError) as error:
+                damage = error
                 print(f"gemel: the checkpoint of step {step} is passed over: {error}", file=sys.stderr)
-            if not self._mesh.any(found is None):
-                return found
+            if not self._mesh.any(damage is not None):
+                return self._read(step)
         return None
 
-    def _read(self, step: int) -> Found:
-        folder, model = self._out / "state" / name_of(step), self._out / name_of(step)
+    def _check(self, step: int) -> None:
+        """This rank's part of the files of a step: to read all of them would take one rank too long."""
+        folder = self._out / "state" / name_of(step)
         stored = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         if stored["version"] != VERSION:
             raise UnsupportedError(
                 f"{folder} is of version {stored['version']} and this gemel reads version {VERSION}: go on with the gemel that wrote it, "
-                f"or begin another run from its model, with [model] kind = 'pretrained' and path = '{model}'"
+                f"or begin another run from its model, with [model] kind = 'pretrained' and path = '{self._out / name_of(step)}'"
             )
-        for number, (name, xxh3) in enumerate(stored["files"].items()):
-            if number % self._mesh.num_ranks == self._mesh.rank:  # each reads a part, all hear of what is wrong with it
-                self._mesh.at(f"checking {name}")
-                if checksum(self._out / name) != xxh3:
-                    raise CheckpointError(f"{self._out / name} is damaged")
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        return Found(step, model, _join(stored["state"], pieces.find(folder, index)))
+        for name, xxh3 in list(stored["files"].items())[self._mesh.rank :: self._mesh.num_ranks]:
+            self._mesh.at(f"checking {name}")
+            if checksum(self._out / name) != xxh3:
+                raise CheckpointError(f"{self._out / name} is damaged")
+
+    def _read(self, step: int) -> Found:
+        folder = self._out / "state" / name_of(step)
+        state, index = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (_STATE, _INDEX))
+        return Found(step, self._out / name_of(step), _join(state["state"], pieces.find(folder, index)))
 
     # --- in the thread that writes ---------------------------------------------------------------------------------------------------
 

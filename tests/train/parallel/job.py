@@ -61,7 +61,7 @@ MASTER = {"precision": {"kind": "bf16"}, "optim__weights": "master", "optim__sta
 CASES: dict[int, dict[str, Case]] = {
     2: {
         "dp": Case("gqa", {"replicate": 2}, "zero3", steps=20),
-        "zero1": Case("learned", {"shard": 2, "zero": "optimizer"}, "sp"),
+        "zero1": Case("learned", {"shard": 2, "zero": "optimizer"}, "dp", {"optim__state": "int8"}),
         "zero2": Case("gqa", {"shard": 2, "zero": "gradients"}, "tp", {"optim__clip": {"kind": "adagc", "warmup": 3}}),
         "zero3": Case("learned", {"shard": 2, "zero": "parameters"}, "sp", {"activations": {"kind": "recompute", "blocks": 2}}),
         "tp": Case("gqa", {"tensor": 2}, "zero2", steps=20),
