@@ -159,7 +159,7 @@ class Checkpoints:
         return None
 
     def _check(self, step: int) -> None:
-        """This rank's part of the files of a step: to read all of them would take one rank too long."""
+        """A part of the files of a step, on each rank another: to read all of them would take one too long."""
         folder = self._out / "state" / name_of(step)
         stored = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         if stored["version"] != VERSION:
