@@ -101,7 +101,7 @@ def test_saving_never_overwrites_and_leaves_nothing_half_done(saved: Path, tmp_p
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint.TensorFile, "put", full)
     with pytest.raises(OSError, match="no space left"):
         save(loaded, tmp_path / "fails")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]

@@ -19,6 +19,7 @@ from typing import Any
 import xxhash
 
 from gemel.config import train as config
+from gemel.model.tensor_file import TensorFile
 from gemel.train import checkpoint, run
 
 
@@ -66,7 +67,7 @@ def finish(recipe: config.TrainRecipe, kill_at: int) -> dict[str, Any]:
     Path.replace = before(Path.replace)  # type: ignore[method-assign]
     Path.write_text = before(Path.write_text)  # type: ignore[method-assign]
     checkpoint.shutil.rmtree = before(shutil.rmtree)  # type: ignore[attr-defined]
-    checkpoint.safetensors.torch.save_file = before(checkpoint.safetensors.torch.save_file)
+    TensorFile.__enter__ = before(TensorFile.__enter__)  # type: ignore[method-assign]
     result = run.run(recipe, quiet=True)
     weights = (recipe.out / "latest" / "model.safetensors").read_bytes()
     metrics = [json.loads(line) for line in (recipe.out / "metrics.jsonl").read_text().splitlines()]

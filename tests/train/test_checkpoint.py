@@ -91,7 +91,7 @@ def test_only_what_the_policy_keeps_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "victim", ["step-00000002/model.safetensors", "step-00000002/tokenizer.json", "state/step-00000002/tensors.safetensors"]
+    "victim", ["step-00000002/model.safetensors", "step-00000002/tokenizer.json", "state/step-00000002/rank-00000.safetensors"]
 )
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damage_is_noticed_and_the_one_before_is_taken(

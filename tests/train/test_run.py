@@ -71,7 +71,7 @@ def test_checkpoints_that_nobody_can_read_are_not_written_over(tmp_path: Path, c
     recipe = runs.recipe(tmp_path)
     go(recipe)
     for path in recipe.out.glob("state/*/state.json"):
-        path.write_text(path.read_text().replace('"version": ', '"version": 99'))
+        path.write_text(path.read_text()[1:])
     before = (recipe.out / "metrics.jsonl").read_bytes()
     with pytest.raises(CheckpointError, match=r"holds checkpoints, and none of them is whole; give another --output, or remove"):
         go(recipe)
@@ -112,7 +112,7 @@ def outcome(out: Path) -> tuple[bytes, bytes, str]:
     lines = [{key: value for key, value in line.items() if not key.endswith("_s")} for line in metrics.read(out)]
     state = json.loads((out / "state" / (out / "latest").readlink() / "state.json").read_text())
     assert state["state"]["trainer"]["step"] == max(line["step"] for line in lines)
-    tensors = next((out / "state").glob("*/tensors.safetensors")).read_bytes()
+    tensors = next((out / "state").glob("*/rank-00000.safetensors")).read_bytes()
     return (out / "latest" / "model.safetensors").read_bytes(), tensors, repr(lines)  # as text, for NaN is not NaN
 
 

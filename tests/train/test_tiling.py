@@ -76,7 +76,7 @@ def test_outputs_in_parts_keep_no_narrow_weights(tmp_path: Path) -> None:
 def test_a_tiled_model_is_saved_as_it_was(tmp_path: Path) -> None:
     loaded = tiny.build()
     made = trainer(tmp_path, loaded=copy.deepcopy(loaded), tiling=OUTPUTS)
-    save(made.whole(), tmp_path / "model")
+    save(made.loaded, tmp_path / "model")
     again = dict(load(tmp_path / "model").model.named_parameters())
     assert all(torch.equal(p, again[name]) for name, p in loaded.model.named_parameters())
     assert made.loaded.model.layers[0].attn.qkv.sections == loaded.model.layers[0].attn.qkv.sections

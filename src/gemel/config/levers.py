@@ -51,9 +51,7 @@ TRAINING = (
     Lever("offload.parameters.cpu", ("offload.parameters.kind=cpu",), "the device's memory", "copies", exact=True, needs="a GPU"),
     Lever("offload.optimizer.disk", ("offload.optimizer.kind=disk", _WRITE_AND_WAIT), "optimizer state", "reads and writes", exact=True),
     Lever("offload.parameters.disk", ("offload.parameters.kind=disk", _WRITE_AND_WAIT), "weights of blocks", "reading them", exact=True),
-    Lever(
-        "heap.return", ("heap=return",), "holes between tensors", "new pages for each large tensor", exact=True
-    ),
+    Lever("heap.return", ("heap=return",), "holes between tensors", "new pages for each large tensor", exact=True),
     Lever("save.waiting", (_WRITE_AND_WAIT,), "the copy of model and state while one is written", "waiting for it", exact=True),
     Lever("compile", ("compile.kind=blocks",), "time between products", "a minute of compiling, once per machine", needs="a C++ compiler"),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,6 +28,9 @@ from gemel.model.families.table import Form, Stacked, Weight
 from gemel.model.leaves.linear import Leaf, Linear
 from gemel.model.leaves.lowbit import Activations, LowBit, LowBitLinear, quantize
 from gemel.model.model import Model
+from gemel.model.pieces import Pieces, Share, everything
+from gemel.model.shard import Box
+from gemel.model.tensor_file import Entry
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 Weights = Literal["auto", "dense", "int8", "int4"]
@@ -99,8 +102,7 @@ def load(
     if config.tied_head and _head_is_low_bit(checkpoint, weights):
         embed = _named(table, "embed.weight")
         config, table = config.model_copy(update={"tied_head": False}), (*table, Weight("head.weight", embed.parts, embed.form))
-    with torch.device("meta"), _NoInitialValues():
-        model = Model(config)
+    model = outline(config, dtype)
     _check_names(checkpoint, model, table)
     if checkpoint.config.tied_head:
         _check_tied(checkpoint, dtype)
@@ -115,6 +117,69 @@ def load(
     return LoadedModel(model, config, path, checkpoint.eos_token_ids, checkpoint.bos_token_id, _stored_dtype(checkpoint))
 
 
+def lay_out(path: str | Path, dtype: torch.dtype) -> tuple[LoadedModel, Share]:
+    """A model of a directory or file without memory for its parameters, and its weights in pieces, as dense numbers of `dtype`.
+
+    For who needs only a part of them: `allocate` what is needed, and read that. It is checked as `load` does, numbers when they are read.
+    """
+    checkpoint = _open(Path(path).expanduser())
+    model = outline(checkpoint.config, dtype)
+    _check_names(checkpoint, model, checkpoint.weights)
+    if checkpoint.config.tied_head:
+        _check_tied(checkpoint, dtype)
+    weights = Share(
+        {weight.name: _pieces(checkpoint, weight, model.get_parameter(weight.name).shape, dtype) for weight in checkpoint.weights}
+    )
+    ends, start = checkpoint.eos_token_ids, checkpoint.bos_token_id
+    return LoadedModel(model, checkpoint.config, checkpoint.path, ends, start, _stored_dtype(checkpoint)), weights
+
+
+def outline(config: ModelConfig, dtype: torch.dtype) -> Model:
+    """A model whose parameters have names, shapes and a type, and no memory."""
+    with torch.device("meta"), _NoInitialValues():
+        model = Model(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.to(dtype)
+    return model
+
+
+def allocate(module: nn.Module, device: torch.device) -> None:
+    """Give parameters that have no memory some, with whatever is in it. Those that are one stay one."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                memory = made.setdefault(parameter, nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad))
+                setattr(owner, name, memory)
+
+
+@dataclass(frozen=True)
+class _InFiles:
+    """One of our tensors, or one that is stacked into it: read from the mapped file where it is asked for, and checked there."""
+
+    checkpoint: Checkpoint
+    weight: Weight
+    dtype: torch.dtype
+
+    def __getitem__(self, part: Box, /) -> Tensor:
+        stored = [_read(self.checkpoint, name) for name in self.weight.parts]
+        joined = self.weight.form.join([x.dense(self.dtype) if isinstance(x, LowBit) else x for x in stored])
+        found = joined[part].to(self.dtype)
+        _check_finite(self.checkpoint, self.weight, found, DTYPES[self.dtype])
+        return found
+
+
+def _pieces(checkpoint: Checkpoint, weight: Weight, shape: Sequence[int], dtype: torch.dtype) -> Pieces:
+    """Tensors that lie below each other in one of ours can be read apart; others are joined to be read."""
+    if not isinstance(weight.form, Stacked):
+        return Pieces(tuple(shape), dtype, ((everything(shape), _InFiles(checkpoint, weight, dtype)),))
+    found, end = [], 0
+    for name, height in zip(weight.parts, weight.form.rows, strict=True):
+        box, end = (slice(end, end + height), *everything(shape[1:])), end + height
+        found.append((box, _InFiles(checkpoint, Weight(weight.name, (name,), Stacked((height,))), dtype)))
+    return Pieces(tuple(shape), dtype, tuple(found))
+
+
 class _NoInitialValues(TorchFunctionMode):
     """Parameters stay as they were made. To draw normal numbers on the meta device, torch would import its compiler: 2 s and 100 MB."""
 
@@ -124,31 +189,38 @@ class _NoInitialValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def save(loaded: LoadedModel, path: str | Path, dtype: torch.dtype | None = None) -> None:
+def save(loaded: LoadedModel, path: str | Path, dtype: torch.dtype | None = None, read: Callable[[str], Tensor] | None = None) -> None:
     """Write a Hugging Face directory that `transformers` and `load` read; weights cast to `dtype`, or as they are. No tokenizer files.
 
     Matrices of few bits are written in the compressed-tensors layout. Other leaves are asked for their plain weights, so a model with
-    swapped leaves saves what it computes with.
+    swapped leaves saves what it computes with. `read` gives weights by their names in the model, if they are elsewhere; each is asked for
+    once and written before the next, so that no more than one need be in memory.
     """
     config, model = loaded.config, loaded.model
     dtype = dtype or model.norm.weight.dtype
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype} cannot be saved; {', '.join(DTYPES.values())} can")
     kind, hf = family(config.family), described(config)
-    ends = list(loaded.eos_token_ids)
+    ends, table = list(loaded.eos_token_ids), kind.weights(config)
     tokens: dict[str, object] = {"bos_token_id": loaded.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
-    hf |= {"architectures": [kind.ARCHITECTURE], "dtype": DTYPES[dtype]} | tokens | _quantization(model, kind.weights(config))
+    hf |= {"architectures": [kind.ARCHITECTURE], "dtype": DTYPES[dtype]} | tokens | _quantization(model, table)
+    shapes = (_get(model, weight.name) for weight in table)
+    announced = (
+        _theirs(weight, x if isinstance(x, LowBit) else x.detach().to("meta"), dtype) for weight, x in zip(table, shapes, strict=True)
+    )
+    entries = [Entry.of(name, tensor) for named in announced for name, tensor in named]
+    values = ((weight, _get(model, weight.name) if read is None else read(weight.name)) for weight in table)
+    tensors = (named for weight, x in values for named in _theirs(weight, x, dtype))
+    write_directory(Path(path).expanduser(), hf, tokens, entries, tensors)
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for weight in kind.weights(config):
-            whole = _get(model, weight.name)
-            if isinstance(whole, LowBit):
-                for name, part in zip(weight.parts, _split(whole, weight.form), strict=True):
-                    yield from compressed.pack(name.removesuffix(".weight"), part)
-            else:
-                yield from zip(weight.parts, weight.form.split(whole.detach().to(dtype)), strict=True)
 
-    write_directory(Path(path).expanduser(), hf, tokens, tensors())
+def _theirs(weight: Weight, ours: Tensor | LowBit, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint calls one of our tensors, part by part."""
+    if isinstance(ours, LowBit):
+        for name, part in zip(weight.parts, _split(ours, weight.form), strict=True):
+            yield from compressed.pack(name.removesuffix(".weight"), part)
+    else:
+        yield from zip(weight.parts, weight.form.split(ours.detach().to(dtype)), strict=True)
 
 
 def described(config: ModelConfig) -> dict[str, object]:

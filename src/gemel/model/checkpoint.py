@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Protocol
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gemel.config.errors import CheckpointError, UnsupportedError
@@ -27,21 +26,11 @@ from gemel.model import compressed
 from gemel.model.families import family
 from gemel.model.families.table import Weight
 from gemel.model.stored import Stored
+from gemel.model.tensor_file import CODES, Entry, TensorFile
 
 SHARD_BYTES = 4 * 2**30
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "BOOL": torch.bool,
-}
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -153,8 +142,17 @@ def _end_and_start(path: Path, hf: Mapping[str, object]) -> tuple[tuple[int, ...
     return ids("eos_token_id"), next(iter(ids("bos_token_id")), None)
 
 
-def write_directory(path: Path, hf: Mapping[str, object], generation: Mapping[str, object], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write everything beside `path`, then rename: a reader sees a whole checkpoint or none. `path` must not exist, or be empty."""
+def write_directory(
+    path: Path,
+    hf: Mapping[str, object],
+    generation: Mapping[str, object],
+    entries: Sequence[Entry],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> None:
+    """Write everything beside `path`, then rename: a reader sees a whole checkpoint or none. `path` must not exist, or be empty.
+
+    `entries` announce the tensors, in their order. One tensor is held at a time.
+    """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} exists and is not an empty directory; save to another path or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +160,7 @@ def write_directory(path: Path, hf: Mapping[str, object], generation: Mapping[st
     try:
         for name, value in (("config.json", hf), ("generation_config.json", generation)):
             (draft / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _write_tensors(draft, tensors)
+        _write_tensors(draft, list(_shards(entries)), iter(tensors))
         draft.chmod(0o777 & ~_umask())
         draft.replace(path)
     except BaseException:
@@ -170,35 +168,28 @@ def write_directory(path: Path, hf: Mapping[str, object], generation: Mapping[st
         raise
 
 
-def _write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Safetensors files of at most SHARD_BYTES, and an index if there is more than one. Holds one file's tensors at a time."""
-    shards: list[tuple[Path, list[str]]] = []
-    total_bytes = 0
-    for shard in _shards(tensors):
-        file = path / f"{len(shards)}.safetensors"
-        save_file(shard, file, metadata={"format": "pt"})
-        shards.append((file, list(shard)))
-        total_bytes += sum(tensor.nbytes for tensor in shard.values())
-    if len(shards) == 1:
-        shards[0][0].rename(path / _SINGLE)
-        return
+def _write_tensors(path: Path, shards: Sequence[Sequence[Entry]], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """The files of all shards, and an index if there is more than one."""
     home: dict[str, str] = {}
-    for i, (file, names) in enumerate(shards, 1):
-        final = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        file.rename(path / final)
-        home |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": home}
-    (path / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for i, shard in enumerate(shards, 1):
+        file = _SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        home |= dict.fromkeys((entry.name for entry in shard), file)
+        with TensorFile(path / file, shard, {"format": "pt"}) as opened:
+            for _ in shard:
+                opened.put(*next(tensors))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(entry.num_bytes for shard in shards for entry in shard)}, "weight_map": home}
+        (path / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        if shard and sum(held.nbytes for held in shard.values()) + tensor.nbytes > SHARD_BYTES:
+def _shards(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """What goes into each file: at most SHARD_BYTES, in the order of the entries."""
+    shard: list[Entry] = []
+    for entry in entries:
+        if shard and sum(held.num_bytes for held in shard) + entry.num_bytes > SHARD_BYTES:
             yield shard
-            shard = {}
-        # A copy: parts of a fused matrix share storage, which the format does not allow.
-        shard[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            shard = []
+        shard.append(entry)
     yield shard
 
 

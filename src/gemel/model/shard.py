@@ -12,19 +12,19 @@ this is what lies where, for whoever cuts a model, and for whoever puts the part
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from gemel.config.errors import ConfigError
 from gemel.config.model import ModelConfig
 from gemel.model.leaves.linear import Leaf
 from gemel.model.model import Model
 
+Box = tuple[slice, ...]  # of a tensor: from where to where along each of its axes
 Style = Literal["column", "row", "vocabulary", "whole"]
 
 TABLE: dict[str, Style] = {
@@ -51,35 +51,27 @@ class Cut:
     style: Style
     sections: tuple[int, ...]
 
-    def part(self, whole: Tensor, rank: int, size: int) -> Tensor | None:
-        """What part `rank` of `size` has of a tensor of this shape; None if nothing."""
+    def boxes(self, rank: int, size: int) -> tuple[Box, ...]:
+        """What part `rank` of `size` has: boxes of the whole that lie below each other in the part. None of them if nothing."""
+        everything = tuple(slice(0, length) for length in self.shape)
         if self.style == "whole" or size == 1:
-            return whole
-        if self.style == "row":
-            if whole.dim() == 1:
-                return whole if rank == 0 else None
-            return whole.chunk(size, 1)[rank]
+            return (everything,)
         if self.style == "vocabulary":
-            start, stop = rows_of(len(whole), rank, size)
-            return whole[start:stop]
-        return torch.cat([section.chunk(size)[rank] for section in torch.split(whole, list(self.sections))])
+            return ((slice(*rows_of(self.shape[0], rank, size)), *everything[1:]),)
+        if self.style == "column":
+            starts = (end - height + height // size * rank for height, end in zip(self.sections, accumulate(self.sections), strict=True))
+            rows = (slice(start, start + height // size) for start, height in zip(starts, self.sections, strict=True))
+            return tuple((along, *everything[1:]) for along in rows)
+        if len(self.shape) == 1:
+            return (everything,) if rank == 0 else ()
+        width = self.shape[1] // size
+        return ((everything[0], slice(width * rank, width * (rank + 1))),)
 
     def shape_of(self, rank: int, size: int) -> torch.Size | None:
         """Of a part."""
-        part = self.part(torch.empty(self.shape, device="meta"), rank, size)
-        return None if part is None else part.shape
-
-    def join(self, parts: Sequence[Tensor | None]) -> Tensor:
-        """The parts of all ranks, in their order, to the whole."""
-        found = [part for part in parts if part is not None]
-        if self.style == "whole" or len(found) == 1:
-            return found[0]
-        if self.style == "row":
-            return torch.cat(found, 1)
-        if self.style == "vocabulary":
-            return torch.cat(found)
-        by_part = [torch.split(part, [height // len(found) for height in self.sections]) for part in found]
-        return torch.cat([piece for section in zip(*by_part, strict=True) for piece in section])
+        boxes = self.boxes(rank, size)
+        rows = sum(box[0].stop - box[0].start for box in boxes)
+        return torch.Size((rows, *(along.stop - along.start for along in boxes[0][1:]))) if boxes else None
 
 
 def cuts(model: Model) -> dict[str, Cut]:

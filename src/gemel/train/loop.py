@@ -127,7 +127,8 @@ class Loop:
                 f"step {report.step}: {report.reason}, and there is no checkpoint to go back to; set save.every, lower optim.lr, or raise "
                 f"stability.patience = {self._recipe.stability.patience}"
             )
-        self._trainer.roll_back(found.state["trainer"], build.load(found.model, dtype=self._trainer.dtype))
+        _, weights = build.lay_out(found.model, self._trainer.dtype)
+        self._trainer.roll_back(found.state["trainer"], weights)
         self._event("rollback", report.step, {"to": found.step, "reason": report.reason})
         self._progress.say(f"step {report.step}: {report.reason}; back to step {found.step}, past the data in between")
 
@@ -175,5 +176,5 @@ class Loop:
             "best": {"loss": self._best.loss if math.isfinite(self._best.loss) else None, "looks_since": self._best.looks_since},
             "metrics_bytes": 0 if self._metrics is None else self._metrics.num_bytes,
         }
-        self._checkpoints.save(self._trainer.step, self._trainer.whole(), state, best)
+        self._checkpoints.save(self._trainer.step, self._trainer.loaded, state, best, self._trainer.weights())
         self._saved = self._trainer.step

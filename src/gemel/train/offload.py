@@ -14,7 +14,6 @@ The files have no names from the moment they are there: however a process ends, 
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import mmap
 import os
@@ -24,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,7 +36,6 @@ from gemel.config.compute import OffloadConfig, Resident, ToDisk, ToMemory
 from gemel.config.errors import ConfigError, UnsupportedError
 from gemel.model.attend import Attend
 from gemel.model.attention import Rotation
-from gemel.model.build import LoadedModel
 from gemel.model.model import Model
 
 Forward = Callable[[Tensor, Rotation | None, Attend], Tensor]
@@ -297,14 +295,6 @@ class Homes:
             if name != "layers":
                 module.to(device)
         return model
-
-    def whole(self, loaded: LoadedModel) -> LoadedModel:
-        """A model to be saved: its parameters are what lies at home."""
-        home = self.parameters
-        if home is None or isinstance(home, Disk):
-            return loaded
-        stored = {id(p): nn.Parameter(self.at_home(p.detach()), requires_grad=False) for p in loaded.model.parameters()}
-        return replace(loaded, model=copy.deepcopy(loaded.model, stored))
 
     def at_home(self, tensor: Tensor) -> Tensor:
         """What a parameter or a state holds, to be saved."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from gemel.config import env
 from gemel.config import train as config
+from gemel.config.compute import Resident
 from gemel.config.errors import CheckpointError, ConfigError
 from gemel.config.sources import NewModel, PretrainedModel
 from gemel.config.train import TrainRecipe
@@ -21,6 +22,7 @@ from gemel.data import manifest
 from gemel.model import build
 from gemel.model.build import LoadedModel
 from gemel.model.model import Model
+from gemel.model.pieces import Share
 from gemel.ops import hardware
 from gemel.tokenizer.tokenizer import Tokenizer
 from gemel.train import precision, schedule, trackers
@@ -105,9 +107,9 @@ def _run(
         _check_found(recipe, found)
         with mesh.in_turn():
             _write_recipe(recipe, mesh)
-        loaded = _model(recipe, tokenizer, found)
+        loaded, weights = _model(recipe, tokenizer, found, mesh)
         begins = _begins(recipe, loaded, training, found)
-        trainer = Trainer(recipe, loaded, device, mesh)
+        trainer = Trainer(recipe, loaded, device, mesh, weights)
         loader = Loader(training, recipe.batch, mesh.data.rank, mesh.data.size)
         num_bytes = 0 if found is None else found.state["metrics_bytes"]
         with Metrics(recipe.out, num_bytes, peak_flops_per_s, trackers.of(recipe)) if mesh.first else nullcontext() as metrics:
@@ -115,9 +117,8 @@ def _run(
             if found is not None:
                 loop.resume(found)
             progress.say(begins)
-            result = loop.run()
-    with mesh.in_turn():  # who leaves while rank 0 still writes makes launchers and schedulers end it, too
-        return result
+            del found, weights  # files that are mapped
+            return loop.run()
 
 
 def _check_shared(recipe: TrainRecipe, mesh: Mesh) -> None:
@@ -156,16 +157,19 @@ def device_of(recipe: TrainRecipe) -> torch.device:
     return torch.device(recipe.device)
 
 
-def _model(recipe: TrainRecipe, tokenizer: Tokenizer, found: Found | None) -> LoadedModel:
-    dtype = precision.parameter_dtype(recipe.optim)
-    if found is not None:
-        loaded = build.load(found.model, dtype)
-    elif isinstance(recipe.model, PretrainedModel):
-        loaded = build.load(recipe.model.path, dtype, weights="dense")
-    else:
+def _model(recipe: TrainRecipe, tokenizer: Tokenizer, found: Found | None, mesh: Mesh) -> tuple[LoadedModel, Share | None]:
+    """With its weights; or without, and apart from it where each of several ranks finds those that it needs."""
+    dtype, weights = precision.parameter_dtype(recipe.optim), None
+    path = found.model if found is not None else recipe.model.path if isinstance(recipe.model, PretrainedModel) else None
+    if path is None:
+        assert isinstance(recipe.model, NewModel)
         build.described(recipe.model.config)
         loaded = fresh(recipe.model, recipe.seed, tokenizer, dtype)
-    return loaded
+    elif mesh.num_ranks == 1 or not isinstance(recipe.offload.parameters, Resident):
+        loaded = build.load(path, dtype, weights="dense")
+    else:
+        loaded, weights = build.lay_out(path, dtype)
+    return loaded, weights
 
 
 def fresh(new: NewModel, seed: int, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> LoadedModel:

@@ -21,6 +21,7 @@ from torch import Tensor
 from gemel.config.train import DropoutConfig, TrainRecipe
 from gemel.model.attend import Attend
 from gemel.model.build import LoadedModel
+from gemel.model.pieces import Share
 from gemel.train import heap, optim, precision, rewrite, schedule, stability
 from gemel.train.batch import PLACE, Batch
 from gemel.train.dropout import Placed
@@ -66,19 +67,29 @@ class Trainer:
     On a mesh of several processes each has a trainer for its part (`loaded` is what is here), and all do the same at the same time.
     """
 
-    def __init__(self, recipe: TrainRecipe, loaded: LoadedModel, device: torch.device, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        loaded: LoadedModel,
+        device: torch.device,
+        mesh: Mesh | None = None,
+        weights: Share | None = None,
+    ):
+        """The weights are those that the model has, or `weights`, of which only what is needed here is read: see `build.lay_out`."""
         self._recipe, self.loaded, self._device = recipe, loaded, device
         heap.apply(recipe.heap)
         mesh = mesh or Mesh()
         self._homes = Homes.of(recipe.offload, device, recipe.out / "work" / "offload")
         gathered = recipe.parallel.zero == "parameters"  # moves what it keeps itself, a block at a time: the whole need not fit there
-        self._model = loaded.model if gathered else self._homes.place(loaded.model, device)
+        self._model = loaded.model if gathered or weights is not None else self._homes.place(loaded.model, device)
         self._flops = Flops(self._model)
         rewrite.apply(recipe, self._model, device, self._homes, mesh)
         sections = {f"{name}.weight": x.sections for name, x in self._model.named_modules() if hasattr(x, "sections")}
         if recipe.batch.micro_sequences < recipe.batch.sequences:
             precision.add_up_in_fp32(p for p in self._model.parameters() if p.requires_grad)
-        self._ranks = Ranks(recipe, loaded, mesh, self._homes)
+        self._ranks = Ranks(recipe, loaded, mesh, device, self._homes)
+        if weights is not None:
+            self._ranks.load_weights(weights)
         pieces = self._ranks.gradients.pieces
         moved, starts = {name: x.tensor for name, x in pieces.items()}, {name: x.start for name, x in pieces.items()}
         self._optimizer = optim.build(recipe.optim, moved.items(), sections, self._ranks.parameters, starts, self._homes)
@@ -171,16 +182,16 @@ class Trainer:
         weight, loss = self._ranks.total(of_tokens=(weight,), of_loss=(loss,))
         return loss, weight
 
-    def whole(self) -> LoadedModel:
-        """The model with its weights, wherever its parts are, whole on rank 0. All ranks must call it."""
-        return self._homes.whole(self._ranks.whole())
+    def weights(self) -> Share:
+        """What this process saves of the model: of all ranks together, everything once. It shares memory with the trainer."""
+        return self._ranks.weights()
 
     def state_dict(self) -> Json:
-        """All that the next step depends on, but for the weights; of all ranks on rank 0. All ranks must call it."""
+        """All that the next step depends on, but for the weights; of the optimizer what this process saves, in memory that they share."""
         rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(self._device)} if self._device.type == "cuda" else {})
         return {
             "step": self.step,
-            "optimizer": self._ranks.whole_state(self._optimizer),
+            "optimizer": self._ranks.state(self._optimizer),
             "numbers": self._numbers.state_dict(),
             "clip": self._clip.state_dict(),
             "detector": self._detector.state_dict(),
@@ -190,7 +201,7 @@ class Trainer:
     def load_state_dict(self, state: Json) -> None:
         """The way back."""
         self.step = state["step"]
-        self._optimizer.load_state_dict(self._ranks.own_state(self._optimizer, state["optimizer"]))
+        self._ranks.load_state(self._optimizer, state["optimizer"])
         self._numbers.load_state_dict(state["numbers"])
         self._clip = stability.ClipState.load(state["clip"])
         self._detector = stability.SpikeDetector(self._recipe.stability)
@@ -199,10 +210,10 @@ class Trainer:
         if "cuda" in state["rng"] and self._device.type == "cuda":
             torch.cuda.set_rng_state(state["rng"]["cuda"], self._device)
 
-    def roll_back(self, state: Json, weights: LoadedModel) -> None:
+    def roll_back(self, state: Json, weights: Share) -> None:
         """Be again what a checkpoint says. Only the detector keeps what it has seen, or it would never give up."""
         detector = self._detector
         self.load_state_dict(state)
         self._detector = detector
         self._detector.rolled_back(self.step)
-        self._ranks.put(weights.model, self._homes.write)
+        self._ranks.load_weights(weights)

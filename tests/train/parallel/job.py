@@ -1,8 +1,9 @@
 """Trainers of one tiny model on many meshes, compared with one process. Run as a program: the ranks are forked once everything is imported,
 which is possible only before torch has started threads, so this process computes nothing itself.
 
-For every mesh of so many ranks: the gradients of a step in one micro-batch and in four, the losses of some steps, what is saved behind them
-and what is saved again after it was loaded on another mesh. Rank 0 writes what it found to a file, for the tests to judge.
+For every mesh of so many ranks: the gradients of a step in one micro-batch and in four, the losses of some steps, weights and states behind
+them, and what becomes of these when they are saved and loaded on another mesh, and saved there and loaded on the first again. Rank 0 writes
+what it found to a file, for the tests to judge.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from gemel.config.compute import ToMemory
 from gemel.config.parallel import ParallelConfig
+from gemel.config.train import SaveConfig
+from gemel.model import build
+from gemel.model.build import LoadedModel
+from gemel.model.pieces import Share
 from gemel.train import offload, precision
+from gemel.train.checkpoint import Checkpoints
 from gemel.train.loader import Step
 from gemel.train.optim import optimizer
 from gemel.train.parallel import data
@@ -46,6 +53,11 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
     steps: int = 3
     exact: bool = False  # whether one process, with as many micro-batches as there are ranks with other sequences, has the same bits
+
+
+def model(kind: str) -> LoadedModel:
+    """Of a family whose checkpoints can say what it is."""
+    return tiny.build(kind, **({"family": "qwen2", "qkv_bias": True} if kind == "window" else {}))
 
 
 ZERO3 = {"shard": 2, "zero": "parameters"}
@@ -119,11 +131,13 @@ def step(case: Case, mesh: Mesh, num_micros: int) -> Step:
     return Step(tuple(batches), {}, sum(map(len, texts)) - len(texts))
 
 
-def make(folder: Path, case: Case, mesh: Mesh) -> Trainer:
+def make(folder: Path, case: Case, mesh: Mesh, loaded: LoadedModel | None = None, weights: Share | None = None) -> Trainer:
     recipe = runs.recipe(folder, parallel=mesh.config.model_dump(), batch__tokens=512, steps=100, **case.changes)
-    loaded = tiny.build(case.kind)
-    loaded.model.to(precision.parameter_dtype(recipe.optim)).requires_grad_(True)
-    return Trainer(recipe, loaded, torch.device("cpu"), mesh)
+    if loaded is None:
+        loaded = model(case.kind)
+        loaded.model.to(precision.parameter_dtype(recipe.optim))
+    loaded.model.requires_grad_(True)
+    return Trainer(recipe, loaded, torch.device("cpu"), mesh, weights)
 
 
 def gradients(trainer: Trainer, mesh: Mesh, work: Step) -> dict[str, Tensor]:
@@ -133,14 +147,14 @@ def gradients(trainer: Trainer, mesh: Mesh, work: Step) -> dict[str, Tensor]:
     loss, z = trainer._gradients(work.batches, weight)
     grads = ranks.collect(1.0)
     loss, z, norms = ranks.norms(grads, loss, z)
-    whole = {name: x.clone() for name, x in grads.items()} if mesh.num_ranks == 1 else ranks.gathered(grads)
+    all_grads = wholes(ranks.pieces(grads), mesh)
     ranks.gradients.spread()
-    return {**whole, "loss": torch.tensor(loss), "norm": torch.tensor(list(norms.values())).norm()}
+    return {**all_grads, "loss": torch.tensor(loss), "norm": torch.tensor(list(norms.values())).norm()}
 
 
 def outcome(folder: Path, case: Case, mesh: Mesh) -> tuple[Trainer, dict[str, Any]]:
     trainer = make(folder, case, mesh)
-    found: dict[str, Any] = {"before": weights(trainer)}
+    found: dict[str, Any] = {"before": wholes(trainer.weights(), mesh)}
     for num_micros in (1,) if case.exact else (1, 4):
         found[f"gradients{num_micros}"] = gradients(trainer, mesh, step(case, mesh, num_micros))
     reports = [trainer.learn(step(case, mesh, 4 if number % 5 == 0 and not case.exact else 1)) for number in range(case.steps)]
@@ -152,7 +166,7 @@ def outcome(folder: Path, case: Case, mesh: Mesh) -> tuple[Trainer, dict[str, An
     found["validation"] = trainer.validate(list(step(case, Mesh(), 4).batches)[:3])
     found["fault"] = fault(trainer, mesh, step(case, mesh, 1))
     found["blocks_bytes"] = sum(p.untyped_storage().nbytes() for p in trainer._model.layers.parameters())
-    found["weights"], found["state"] = weights(trainer), trainer.state_dict()
+    found["weights"], found["optimizer"] = wholes(trainer.weights(), mesh), wholes(trainer.state_dict()["optimizer"], mesh)
     return trainer, found
 
 
@@ -170,19 +184,32 @@ def fault(trainer: Trainer, mesh: Mesh, work: Step) -> list[str]:
     return actions
 
 
-def weights(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.whole().model.named_parameters()}
+def wholes(share: Share, mesh: Mesh) -> dict[str, Tensor]:
+    """What the shares of all ranks make up, on rank 0."""
+    shares: list[Any] = [share] * mesh.num_ranks
+    if mesh.num_ranks > 1:
+        dist.gather_object(share, shares if mesh.rank == 0 else None)
+    if mesh.rank > 0:
+        return {}
+    joined = reduce(Share.join, shares)
+    joined.check()
+    return {name: pieces.whole().detach().clone() for name, pieces in joined.items()}
 
 
-def again(folder: Path, case: Case, mesh: Mesh, found: dict[str, Any]) -> dict[str, Any]:
-    """What is saved by a trainer that was given what another saved."""
-    box = [found]
-    dist.broadcast_object_list(box, src=0)
-    trainer = make(folder, case, mesh)
-    other = tiny.build(case.kind)
-    other.model.to(trainer.dtype).load_state_dict(box[0]["weights"], strict=False)
-    trainer.roll_back(box[0]["state"], other)
-    return {"weights": weights(trainer), "optimizer": trainer.state_dict()["optimizer"]}
+def again(folder: Path, case: Case, mesh: Mesh, onto: Mesh, trainer: Trainer) -> dict[str, Any]:
+    """What a trainer on another mesh has that goes on from what this one saved; and the folders that both save."""
+    found = {}
+    for number, (current, target) in enumerate(((mesh, onto), (onto, mesh))):
+        config = SaveConfig(asynchronous=number == 0)
+        with Checkpoints(folder / str(number), config, runs.tokenizer(), current) as checkpoints:
+            checkpoints.save(7, trainer.loaded, {"trainer": trainer.state_dict()}, weights=trainer.weights())
+        saved = Checkpoints(folder / str(number), config, runs.tokenizer(), target).latest()
+        assert saved is not None
+        trainer = make(folder.parent, case, target, *build.lay_out(saved.model, trainer.dtype))
+        trainer.load_state_dict(saved.state["trainer"])
+        found[f"weights{number}"] = wholes(trainer.weights(), target)
+        found[f"optimizer{number}"] = wholes(trainer.state_dict()["optimizer"], target)
+    return found
 
 
 def work(rank: int, num_ranks: int, port: int, folder: Path) -> None:
@@ -198,12 +225,17 @@ def work(rank: int, num_ranks: int, port: int, folder: Path) -> None:
     for name, case in cases.items():
         config = ParallelConfig.parse(case.mesh)
         devices = init_device_mesh("cpu", tuple(config.sizes.values()), mesh_dim_names=tuple(config.sizes))
-        meshes[name] = Mesh(config, devices, rank)
+        meshes[name] = Mesh(config, devices, rank, dist.PrefixStore(name, dist.distributed_c10d._get_default_store()))
     for name, case in cases.items():
-        _, found = outcome(folder, case, meshes[name])
-        found["again"] = again(folder, case, meshes[case.onto], found)
+        trainer, found = outcome(folder, case, meshes[name])
+        found |= again(folder / name, case, meshes[name], meshes[case.onto], trainer)
         if rank == 0:
             _, found["alone"] = outcome(folder, case, Mesh())
+            alone = model(case.kind)
+            alone.model.to(trainer.dtype)
+            alone.model.load_state_dict(found["weights"], strict=False)
+            build.save(alone, folder / name / "alone")
+            found["models"] = [(folder / name / place / "model.safetensors").read_bytes() for place in ("alone", "0/latest", "1/latest")]
             torch.save(found, folder / f"{name}.pt")
         dist.barrier()
     dist.destroy_process_group()

@@ -18,12 +18,19 @@ from typing import Any
 from gemel.config.errors import GemelError
 from gemel.train.loader import Step
 from gemel.train.parallel import watch
+from gemel.train.parallel.mesh import Mesh
 from gemel.train.run import run
 from gemel.train.trainer import Report, Trainer
 from tests.train import runs
 from tests.train.parallel.job import fork, free_port
 
-SHARED = {"optim__schedule": {"kind": "constant"}, "save__every": 2, "data__holdout": 0.1, "validation__every": 3}
+SHARED = {
+    "optim__schedule": {"kind": "constant"},
+    "save__every": 2,
+    "save__asynchronous": False,
+    "data__holdout": 0.1,
+    "validation__every": 3,
+}
 ONE = {"shard": 2, "zero": "gradients"}
 OTHER = {"tensor": 2, "sequence": True}
 FAULTY_RANK, FAULTY_STEP = 1, 3
@@ -35,7 +42,7 @@ def scenario(
     """A run of as many ranks as the mesh takes, in `folder/name`; `fault` happens in one rank at the beginning of a step."""
     out = folder / name
     out.mkdir(exist_ok=True)
-    recipe = runs.recipe(folder, out=str(out / "out"), steps=steps, parallel=mesh or {}, threads=1, **SHARED, **changes)
+    recipe = runs.recipe(folder, out=str(out / "out"), steps=steps, parallel=mesh or {}, threads=1, **{**SHARED, **changes})
     port = free_port()
 
     def rank_work(rank: int) -> None:
@@ -69,6 +76,15 @@ def make_faulty(fault: Callable[[], None]) -> None:
     Trainer.learn = faulty  # type: ignore[method-assign]
 
 
+def die_before_the_commit() -> None:
+    """When the next save has written this rank's share, and before anybody hears of it."""
+
+    def dies(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Mesh.tell = dies  # type: ignore[method-assign]
+
+
 def fail() -> None:
     raise OSError("no space left on device")
 
@@ -76,10 +92,14 @@ def fail() -> None:
 def main(folder: Path) -> None:
     runs.values(folder)
     scenario(folder, "alone", None, 8)
-    scenario(folder, "moved", ONE, 4)
-    scenario(folder, "moved", OTHER, 8)
-    scenario(folder, "stopped", OTHER, 8, lambda: os.kill(os.getpid(), signal.SIGINT))
+    scenario(folder, "moved", ONE, 4, save__asynchronous=True)
+    scenario(folder, "moved", OTHER, 8, save__asynchronous=True)
+    scenario(folder, "stopped", OTHER, 8, lambda: os.kill(os.getpid(), signal.SIGINT), save__asynchronous=True)
     scenario(folder, "died", ONE, 8, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    scenario(folder, "killed", ONE, 8, die_before_the_commit)
+    (folder / "killed/outcome.json").rename(folder / "killed/before.json")
+    (folder / "killed/latest").symlink_to((folder / "killed/out/latest").readlink())
+    scenario(folder, "killed", OTHER, 8)
     scenario(folder, "failed", ONE, 8, fail)
     scenario(folder, "hangs", ONE, 8, lambda: time.sleep(1000), parallel__timeout_s=2)
 

@@ -67,7 +67,7 @@ def same(kind: str, schedule: Pipeline, batches: list[Batch], steps: int = 1) ->
     whole, loaded = copy.deepcopy(built(kind).model), built(kind)
     want_loss, want_z, want = plain(whole, batches)
     model, weight = loaded.model, sum(batch.weight for batch in batches)
-    pipeline = Stages(model, schedule, Axis("pipeline", dist.get_rank(), schedule.stages, dist.group.WORLD), 32)
+    pipeline = Stages(model, schedule, Axis("pipeline", dist.get_rank(), schedule.stages, dist.group.WORLD), 32, torch.device("cpu"))
     precision.add_up_in_fp32(model.parameters())
     work = [(batch, PackedAttend(loaded.config, batch.starts)) for batch in batches]
     for _ in range(steps):
@@ -100,7 +100,13 @@ def refusals() -> None:
     size = dist.get_world_size()
     loaded = tiny.build("gqa", num_layers=2 * size - 1)
     with pytest.raises(ConfigError, match=rf"{2 * size} stages \({size} ranks with 2 each\), the model has {2 * size - 1} layers"):
-        Stages(loaded.model, Interleaved(kind="interleaved", stages=size), Axis("pipeline", dist.get_rank(), size, dist.group.WORLD), 32)
+        Stages(
+            loaded.model,
+            Interleaved(kind="interleaved", stages=size),
+            Axis("pipeline", dist.get_rank(), size, dist.group.WORLD),
+            32,
+            torch.device("cpu"),
+        )
 
 
 if __name__ == "__main__":

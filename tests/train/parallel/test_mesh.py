@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from typing import Any
@@ -13,6 +14,8 @@ from gemel.config.env import Place, place
 from gemel.config.errors import ConfigError
 from gemel.config.parallel import ParallelConfig
 from gemel.model import shard
+from gemel.model.leaves.linear import Linear
+from gemel.model.pieces import Pieces, Share
 from gemel.train.parallel.data import shares
 from gemel.train.parallel.mesh import Mesh, check
 from tests import tiny
@@ -101,11 +104,20 @@ def test_parts_make_up_the_whole(size: int) -> None:
     cuts = shard.cuts(model)
     assert {cut.style for cut in cuts.values()} == {"column", "row", "vocabulary", "whole"}
     for name, parameter in model.named_parameters():
-        parts = [cuts[name].part(parameter, rank, size) for rank in range(size)]
-        assert torch.equal(cuts[name].join(parts), parameter)
+        boxes = [cuts[name].boxes(rank, size) for rank in range(size)]
+        parts = [torch.cat([parameter[box] for box in one]) if one else None for one in boxes]
         assert [None if part is None else part.shape for part in parts] == [cuts[name].shape_of(rank, size) for rank in range(size)]
-        if cuts[name].style != "whole":
-            assert sum(part.numel() for part in parts if part is not None) == parameter.numel()
+        if size == 1 or cuts[name].style == "whole":
+            assert all(part is not None and torch.equal(part, parameter) for part in parts)
+        else:
+            Share(x=Pieces(parameter.shape, parameter.dtype, tuple((box, parameter) for one in boxes for box in one))).check()
+            leaf = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(leaf, Linear) and name != "head.weight":
+                for rank, part in enumerate(parts):
+                    mine = copy.deepcopy(leaf)
+                    mine.shard(cuts[name].style, rank, size)
+                    got = getattr(mine, name.rpartition(".")[2])
+                    assert (got is None and part is None) or torch.equal(got, part)
 
 
 def test_shares_are_even_and_whole_where_they_must_be() -> None:

@@ -68,7 +68,7 @@ def test_steps_have_the_bits_of_one_process(num_ranks: int, name: str, results: 
     """Where no sum has more than two parts, and no gradient is scaled by a norm, whose parts are others."""
     found, alone = results(num_ranks, name), results(num_ranks, name)["alone"]
     assert torch.equal(found["losses"], alone["losses"])
-    for got, want in ((found["weights"], alone["weights"]), (found["state"]["optimizer"], alone["state"]["optimizer"])):
+    for got, want in ((found["weights"], alone["weights"]), (found["optimizer"], alone["optimizer"])):
         assert got.keys() == want.keys() and all(torch.equal(x, want[key]) for key, x in got.items())
 
 
@@ -81,14 +81,16 @@ def test_what_goes_wrong_on_one_rank_is_seen_by_all(num_ranks: int, name: str, r
 
 @pytest.mark.parametrize(("num_ranks", "name"), ALL)
 def test_what_is_saved_has_the_same_bits_on_any_mesh(num_ranks: int, name: str, results: Any) -> None:
-    """Weights that nobody moved, then weights and optimizer states that went through another mesh."""
+    """Weights that nobody moved; then weights and optimizer states that went to another mesh, and back; and the files of both."""
     found = results(num_ranks, name)
-    pairs = [(found["before"], found["alone"]["before"]), (found["again"]["weights"], found["weights"])]
-    for got, want in [*pairs, (found["again"]["optimizer"], found["state"]["optimizer"])]:
+    pairs = [(found["before"], found["alone"]["before"])]
+    pairs += [(found[f"{what}{number}"], found[what]) for what in ("weights", "optimizer") for number in (0, 1)]
+    for got, want in pairs:
         assert list(got.keys() - want.keys()) == list(want.keys() - got.keys()) == []
         assert all(torch.equal(x, want[key]) and x.shape == want[key].shape for key, x in got.items())
-    assert found["state"]["optimizer"].keys() == found["alone"]["state"]["optimizer"].keys()
-    assert all(x.shape == found["alone"]["state"]["optimizer"][key].shape for key, x in found["state"]["optimizer"].items())
+    assert found["optimizer"].keys() == found["alone"]["optimizer"].keys()
+    assert all(x.shape == found["alone"]["optimizer"][key].shape for key, x in found["optimizer"].items())
+    assert len(set(found["models"])) == 1
 
 
 def test_what_lives_elsewhere_is_here_only_while_it_is_needed(results: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,17 @@ def test_who_ends_a_job_is_named(name: str, message: str, launched: Path) -> Non
     assert re.search(message, line)
     assert json.loads((launched / name / "error0").read_text())["message"]["message"].endswith(line.removeprefix("gemel: "))
     assert (launched / name / "out/latest").readlink() == Path("step-00000002")
+
+
+def test_a_rank_killed_between_its_write_and_the_commit(launched: Path) -> None:
+    """Of the checkpoint of step 4 nothing is there; another mesh goes on from step 2, and ends where the run ends that nobody killed."""
+    before = json.loads((launched / "killed/before.json").read_text())
+    assert before["statuses"][1] == -signal.SIGKILL and before["statuses"][0]
+    assert (launched / "killed/latest").readlink() == Path("step-00000002")
+    statuses, said, results = outcome(launched / "killed")
+    assert said[0].startswith("gemel: rank 1 (") and statuses == [0, 0] and [result[0] for result in results] == [8, 8]
+    alone, killed = (metrics.read(launched / name / "out") for name in ("alone", "killed"))
+    assert [line["step"] for line in killed if "event" not in line] == list(range(1, 9))
+    got, want = ([line["loss"] for line in lines if "event" not in line] for lines in (killed, alone))
+    assert_close(torch.tensor(got), torch.tensor(want), "fp32_steps")
+    assert not list((launched / "killed/out/work/tmp").iterdir())

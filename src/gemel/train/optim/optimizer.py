@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gemel.config.errors import CheckpointError, ConfigError
 from gemel.config.optim import SGD, Adafactor, AdamW, Lion, Muon, OptimConfig
+from gemel.model.stored import Stored
 from gemel.ops.adamw import Part
 from gemel.train.offload import Home, Homes
 from gemel.train.optim import adafactor, adamw, lion, muon, noise, sgd
@@ -165,16 +166,20 @@ class Optimizer:
         """The parameter that each name in `state_dict` belongs to."""
         return {key: member.name for member in self._members for key in (*member.kept(), f"{member.name}.step")}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. `CheckpointError`, and nothing changed, if it is of another model or configuration."""
+    def load_state_dict(self, state: Mapping[str, Tensor | Stored]) -> None:
+        """Take over what `state_dict` gave. `CheckpointError`, and nothing changed, if it is of another model or configuration.
+
+        What is stored is read once, a tensor at a time.
+        """
         mine = self.state_dict()
         _check(mine, state)
         for name, x in mine.items():
-            x.copy_(state[name])
+            saved = state[name]
+            x.copy_(saved if isinstance(saved, Tensor) else saved.tensor())
             for home in self._homes:
                 home.behind([x], changed=False)
         for member in self._members:
-            member.num_steps = int(state[f"{member.name}.step"])
+            member.num_steps = int(mine[f"{member.name}.step"])
 
     def _at_home(self, x: Tensor) -> Tensor:
         for home in self._homes:
@@ -286,7 +291,7 @@ def _in_memory(device: torch.device) -> Allocate:
     return lambda _, num, dtype: torch.zeros(num, dtype=dtype, device=device)
 
 
-def _check(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+def _check(mine: Mapping[str, Tensor], state: Mapping[str, Tensor | Stored]) -> None:
     missing, extra = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
     if missing or extra:
         lacks = f"lacks {missing[0]} and {len(missing) - 1} more" if missing else ""

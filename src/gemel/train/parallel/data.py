@@ -50,8 +50,12 @@ class Gradients(Protocol):
         """Behind the optimizer, whether it moved or not: everybody has the weights, nobody has gradients."""
         ...
 
-    def put(self, name: str, part: Tensor, write: Write) -> None:
-        """Other weights in the place of this tensor rank's part of a parameter, by `write`, which changes a tensor."""
+    def weights(self) -> Mapping[str, Piece]:
+        """What this rank has of the parameters, moved by it or not: to be saved, or changed in place."""
+        ...
+
+    def refresh(self, write: Write) -> None:
+        """Behind such a change: who has copies takes them anew, by `write`, which changes a tensor."""
         ...
 
 
@@ -78,17 +82,19 @@ class Everything:
         for parameter in self._named.values():
             parameter.grad = None
 
-    @torch.no_grad()
-    def put(self, name: str, part: Tensor, write: Write) -> None:
-        """See `Gradients.put`."""
-        write(self._named[name], part)
+    def weights(self) -> Mapping[str, Piece]:
+        """See `Gradients.weights`."""
+        return self.pieces
+
+    def refresh(self, write: Write) -> None:
+        """Nothing."""
 
 
 class _Owned:
     """Each of the ranks of `mesh.shards` moves a share of the weights."""
 
     def __init__(self, named: Named, mesh: Mesh, homes: Homes, speaks: Mapping[str, bool], slices: Mapping[int, list[Slice]]):
-        self._named, self._mesh, self._homes, self._slices = named, mesh, homes, slices
+        self._named, self._mesh, self._homes, self._speaks, self._slices = named, mesh, homes, speaks, slices
         self._buckets = [bucket for owner in sorted(slices, reverse=True) for bucket in buckets(slices[owner], owner)]
         self.pieces: dict[str, Piece] = {}
         for one in slices[mesh.shards.rank]:
@@ -108,10 +114,12 @@ class _Owned:
             with self._homes.visiting([one.parameter.detach() for one in bucket.slices]):
                 _tell(bucket, axis)
 
-    @torch.no_grad()
-    def put(self, name: str, part: Tensor, write: Write) -> None:
-        """See `Gradients.put`."""
-        write(self._named[name], part)
+    def weights(self) -> Mapping[str, Piece]:
+        """See `Gradients.weights`."""
+        return {name: Piece(p, 0, self._speaks[name] and self._mesh.tokens.rank == 0) for name, p in self._named.items()}
+
+    def refresh(self, write: Write) -> None:
+        """Nothing."""
 
 
 class OwnedStates(_Owned):

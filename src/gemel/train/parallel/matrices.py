@@ -73,11 +73,16 @@ class Matrices:
             piece.tensor.grad = None
         self._parts.spread()
 
-    def put(self, name: str, part: Tensor, write: Write) -> None:
-        """See `data.Gradients.put`."""
-        self._parts.put(name, part, write)
-        if name in self._cuts:
-            for whole in self._bring([name], self._held()).values():
+    def weights(self) -> Mapping[str, Piece]:
+        """See `data.Gradients.weights`."""
+        return self._parts.weights()
+
+    @torch.no_grad()
+    def refresh(self, write: Write) -> None:
+        """See `data.Gradients.refresh`."""
+        self._parts.refresh(write)
+        for names in self._rounds():
+            for name, whole in self._bring(names, self._held()).items():
                 write(self.pieces[name].tensor, whole)
 
     def _held(self) -> dict[str, Tensor]:
@@ -137,12 +142,17 @@ class Matrices:
 
     def _joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
         cut, num = self._cuts[name], self._num_parts
-        shapes = [cut.shape_of(number, num) for number in range(num)]
-        return cut.join([torch.cat(list(parts[number::num])).view(shape or ()) for number, shape in enumerate(shapes)])
+        whole = parts[0].new_empty(cut.shape)
+        for number in range(num):
+            boxes = cut.boxes(number, num)
+            part = torch.cat(list(parts[number::num])).view(-1, *whole[boxes[0]].shape[1:])
+            for box, rows in zip(boxes, torch.split(part, [along.stop - along.start for along, *_ in boxes]), strict=True):
+                whole[box] = rows
+        return whole
 
     def _part(self, name: str, rank: int) -> Tensor:
-        part = self._cuts[name].part(self.pieces[name].tensor.detach(), rank % self._num_parts, self._num_parts)
-        assert part is not None
+        whole = self.pieces[name].tensor.detach()
+        part = torch.cat([whole[box] for box in self._cuts[name].boxes(rank % self._num_parts, self._num_parts)])
         start, length = self._span(name, rank)
         return part.reshape(-1)[start : start + length]
 

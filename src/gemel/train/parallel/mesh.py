@@ -137,6 +137,15 @@ class Mesh:
         if self._store is not None and self.first:
             self._store.set(key, "done")
 
+    def tell(self, key: str, text: str) -> None:
+        """Leave word for the others. Any thread may, at any time: it is no exchange, and nobody has to listen."""
+        if self._store is not None:
+            self._store.set(key, text)
+
+    def told(self, key: str) -> str | None:
+        """The last word that somebody left, if there is one."""
+        return bytes(self._store.get(key)).decode() if self._store is not None and self._store.check([key]) else None
+
     def at(self, where: str) -> None:
         """Say how far this process is, in case that others have to wait for it."""
         if self._watch is not None:

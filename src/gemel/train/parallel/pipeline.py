@@ -1,6 +1,6 @@
 """Pipeline parallel: each rank has some of the layers, and micro-batches go from rank to rank.
 
-    pipeline = Pipeline(model, recipe.parallel.pipeline, mesh.pipeline, sequence)     # the model keeps what this rank has of it
+    pipeline = Pipeline(model, recipe.parallel.pipeline, mesh.pipeline, sequence, device)  # the model keeps what this rank has of it
     loss, z = pipeline.learn(batches_with_their_attends, loss_of)                     # gradients of all micro-batches
 
 A stage is a run of layers, the first with the embedding, the last with the final norm and the head. Borders are where the slowest stage
@@ -95,7 +95,7 @@ class Pipeline:
                 sums over both, so both move alike
     """
 
-    def __init__(self, model: Model, cfg: config.Pipeline, axis: Axis, sequence: int, token_parts: int = 1):
+    def __init__(self, model: Model, cfg: config.Pipeline, axis: Axis, sequence: int, device: torch.device, token_parts: int = 1):
         assert axis.group is not None and axis.size == cfg.stages
         count = num_stages(cfg)
         if count > len(model.layers):
@@ -108,7 +108,7 @@ class Pipeline:
         self.rank, self.last = axis.rank, count - 1
         self.bounds = balance(layer_costs(model, sequence), count)
         self._stages = range(axis.rank, count, axis.size)
-        self._dtype, self._width, self.device = model.embed.weight.dtype, model.config.width, model.embed.weight.device
+        self._dtype, self._width, self.device = model.embed.weight.dtype, model.config.width, device
         first, last = 0 in self._stages, self.last in self._stages
         self._tied = model.config.tied_head and first != last
         self.spoken_for = frozenset({"embed.weight"} if self._tied and last else ())

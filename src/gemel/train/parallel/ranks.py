@@ -1,15 +1,16 @@
 """What this process has of a run's model, and what all have together: the trainer's view of the mesh.
 
 The trainer works on what is here, with names and numbers as if it were alone. What concerns all goes through this: whose batches, whose
-gradients, whose norms count, and whole weights and states for checkpoints. On one process each of these is the plain thing itself.
+gradients, whose norms count, and which pieces of weights and states are this process's to save. On one process each of these is the plain
+thing itself.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -19,10 +20,11 @@ from gemel import ops
 from gemel.config.model import ModelConfig
 from gemel.config.parallel import ParallelConfig, Ring, Ulysses
 from gemel.config.train import TrainRecipe
-from gemel.model import shard
+from gemel.model import build, shard
 from gemel.model.attend import Attend, PackedAttend
 from gemel.model.build import LoadedModel
-from gemel.model.model import Model
+from gemel.model.pieces import Pieces, Share
+from gemel.model.stored import Stored
 from gemel.train import optim, precision, recompute, stability
 from gemel.train.batch import Batch
 from gemel.train.offload import Homes
@@ -30,15 +32,15 @@ from gemel.train.optim import Optimizer
 from gemel.train.parallel import data, layout, matrices, sharded, tensor, vocabulary
 from gemel.train.parallel.collectives import enter, keep_own
 from gemel.train.parallel.context import Layout, RingAttend, UlyssesAttend, check_heads
-from gemel.train.parallel.data import Gradients, Write
-from gemel.train.parallel.layout import Held
+from gemel.train.parallel.data import Gradients
+from gemel.train.parallel.layout import Piece
 from gemel.train.parallel.mesh import Mesh
 from gemel.train.parallel.pipeline import Pipeline
 from gemel.train.parallel.sums import add_up
 
 
 class Ranks:
-    """Cuts a model in place, to what this process has of it.
+    """Cuts a model in place, to what this process has of it. Of a model without memory only that gets some, for `load_weights` to fill.
 
     gradients     of what is here
     parameters    of the whole model that are trained, by name, without memory
@@ -46,27 +48,27 @@ class Ranks:
     counts        whether this process counts the tokens of its batches: one of those that see the same
     """
 
-    def __init__(self, recipe: TrainRecipe, loaded: LoadedModel, mesh: Mesh, homes: Homes):
-        self._config, self._mesh, self._homes, self._loaded, model = recipe.parallel, mesh, homes, loaded, loaded.model
+    def __init__(self, recipe: TrainRecipe, loaded: LoadedModel, mesh: Mesh, device: torch.device, homes: Homes):
+        self._config, self._mesh, self._homes, model = recipe.parallel, mesh, homes, loaded.model
         self._model, self._cuts = model, shard.cuts(model)
-        self._hull = model if mesh.num_ranks == 1 else _hull(model)
         self.parameters = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters() if p.requires_grad}
         self._partial: frozenset[str] = frozenset()
         if mesh.tensor.size > 1:
             self._partial = tensor.cut(model, mesh.tensor, self._config.sequence)
         _check_context(model.config, self._config)
-        self.pipeline = self._stages(recipe) if mesh.pipeline.size > 1 else None
+        self.pipeline = self._stages(recipe, device) if mesh.pipeline.size > 1 else None
+        if self._config.zero != "parameters":  # which takes memory a block at a time
+            build.allocate(model, device)
         named = {name: p for name, p in model.named_parameters() if name in self.parameters}
         if mesh.num_ranks > 1:
             precision.add_up_in_fp32(named.values())
-        self._names = tuple(named)
-        self.gradients = self._shared(recipe, named)
+        self.gradients = self._shared(recipe, named, device)
         self.counts = mesh.tensor.rank == mesh.context.rank == mesh.pipeline.rank == 0
 
-    def _stages(self, recipe: TrainRecipe) -> Pipeline:
+    def _stages(self, recipe: TrainRecipe, device: torch.device) -> Pipeline:
         mesh = self._mesh
         parts = mesh.tensor.size if self._config.sequence else 1
-        pipeline = Pipeline(self._model, self._config.pipeline, mesh.pipeline, recipe.batch.sequence, parts)
+        pipeline = Pipeline(self._model, self._config.pipeline, mesh.pipeline, recipe.batch.sequence, device, parts)
         for blocks in pipeline.blocks():
             recompute.apply(recipe.activations, blocks)
         return pipeline
@@ -76,7 +78,7 @@ class Ranks:
         """Batches that had better go through together."""
         return 1 if self.pipeline is None else 2 * self._mesh.pipeline.size
 
-    def _shared(self, recipe: TrainRecipe, named: dict[str, nn.Parameter]) -> Gradients:
+    def _shared(self, recipe: TrainRecipe, named: dict[str, nn.Parameter], device: torch.device) -> Gradients:
         mesh, zero = self._mesh, self._config.zero
         spoken_for = frozenset() if self.pipeline is None else self.pipeline.spoken_for
         speaks = {name: (mesh.tensor.rank == 0 or self._cuts[name].style != "whole") and name not in spoken_for for name in named}
@@ -87,7 +89,7 @@ class Ranks:
         if zero == "none":
             gradients = data.Everything(named, mesh, speaks)
         elif by_rows:
-            gradients = sharded.Sharded(self._model, named, mesh, speaks, recipe.activations)
+            gradients = sharded.Sharded(self._model, named, mesh, speaks, recipe.activations, device)
         else:
             shapes = {name: self._cuts[name].shape_of(0, mesh.tensor.size) for name in here}
             sizes = {name: shape.numel() for name, shape in shapes.items() if shape is not None}
@@ -158,59 +160,53 @@ class Ranks:
         loss, z, *squares = self.total(of_tokens=(), of_loss=(loss, z)) + self._mesh.sum([norm * norm for norm in counted])
         return loss, z, dict(zip(self.parameters, map(math.sqrt, squares), strict=True))
 
-    # --- whole weights and states ----------------------------------------------------------------------------------------------------
+    # --- checkpoints -----------------------------------------------------------------------------------------------------------------
 
-    def whole(self) -> LoadedModel:
-        """The model as if it were of one process, on rank 0; elsewhere something of no use. All ranks must call it."""
-        if self._mesh.num_ranks == 1:
-            return self._loaded
-        found = self.gathered({name: self._homes.at_home(piece.tensor.detach()) for name, piece in self.gradients.pieces.items()})
-        weights = {id(p): nn.Parameter(found.get(name, p), requires_grad=False) for name, p in self._hull.named_parameters()}
-        return replace(self._loaded, model=copy.deepcopy(self._hull, weights))
+    def weights(self) -> Share:
+        """What this process saves of the model. Each element is one process's to save."""
+        held = {name: piece for name, piece in self.gradients.weights().items() if piece.speaks}
+        return Share({name: self._pieces(name, self._homes.at_home(piece.tensor.detach()), piece) for name, piece in held.items()})
 
-    def gathered(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors by parameter from what each process has of them, on rank 0; elsewhere nothing. All ranks must call it."""
-        self._mesh.at("collecting weights")
-        held = ((self._held(name, name, x), x) for name, x in pieces.items() if self.gradients.pieces[name].speaks)
-        return layout.gather(held, self._cuts, self._mesh)
+    def load_weights(self, saved: Share) -> None:
+        """Take what this process has of a model, a parameter at a time."""
+        for name, piece in self.gradients.weights().items():
+            self._homes.write(piece.tensor, self._read(saved[name], name, piece.tensor, piece))
+        self.gradients.refresh(self._homes.write)
 
-    def put(self, weights: Model, write: Write) -> None:
-        """Other weights, of the same model as a whole. `write` changes a tensor, wherever it lives."""
-        for name in self._names:
-            part = self._cuts[name].part(weights.get_parameter(name).detach(), self._mesh.tensor.rank, self._mesh.tensor.size)
-            assert part is not None
-            self.gradients.put(name, part, write)
+    def state(self, optimizer: Optimizer) -> Share:
+        """What this process saves of the optimizer's state."""
+        pieces, owners, axis = self.gradients.pieces, optimizer.parameters, self._mesh.tensor
+        held = ((key, owners[key], x) for key, x in optimizer.state_dict().items())
+        mine = ((key, name, x) for key, name, x in held if layout.saves(x, pieces[name], self._cuts[name], axis))
+        return Share({key: self._pieces(name, x, pieces[name]) for key, name, x in mine})
 
-    def whole_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """What the optimizer of one process would have to save, on rank 0; elsewhere nothing. All ranks must call it."""
-        state = optimizer.state_dict()
-        if self._mesh.num_ranks == 1:
-            return state
-        self._mesh.at("collecting the optimizer's state")
+    def load_state(self, optimizer: Optimizer, saved: Share) -> None:
+        """Take what this process needs of that, a tensor at a time. Raises `CheckpointError` if it is of another model or optimizer."""
         pieces, owners = self.gradients.pieces, optimizer.parameters
-        held = ((self._held(key, owners[key], x), x) for key, x in state.items() if pieces[owners[key]].speaks)
-        return layout.gather(held, self._cuts, self._mesh)
-
-    def own_state(self, optimizer: Optimizer, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What this process needs of that. Names that nobody needs stay, for the optimizer to refuse."""
-        if self._mesh.num_ranks == 1:
-            return dict(whole)
-        mine, owners, pieces, axis = optimizer.state_dict(), optimizer.parameters, self.gradients.pieces, self._mesh.tensor
-        return {
-            key: layout.share(whole[key], like, self._cuts[owners[key]], pieces[owners[key]].start, axis)
-            for key, like in mine.items()
-            if key in whole
+        mine = {key: (owners[key], x, pieces[owners[key]]) for key, x in optimizer.state_dict().items() if key in saved}
+        state = {
+            key: Stored(self._fits(saved[key], *at), saved[key].dtype, partial(self._read, saved[key], *at)) for key, at in mine.items()
         }
+        if self._mesh.num_ranks == 1:  # of several, each has names that others do not need
+            state |= {key: Stored(x.shape, x.dtype, x.whole) for key, x in saved.items() if key not in mine}
+        optimizer.load_state_dict(state)
 
-    def _held(self, name: str, parameter: str, x: Tensor) -> Held:
-        return Held(name, parameter, self._mesh.tensor.rank, self.gradients.pieces[parameter].start, tuple(x.shape), x.dtype)
+    def pieces(self, tensors: Mapping[str, Tensor]) -> Share:
+        """Of tensors like those that this process moves (their gradients, say), those for which it speaks."""
+        spoken = {name: x for name, x in tensors.items() if self.gradients.pieces[name].speaks}
+        return Share({name: self._pieces(name, x, self.gradients.pieces[name]) for name, x in spoken.items()})
+
+    def _pieces(self, name: str, x: Tensor, piece: Piece) -> Pieces:
+        return Pieces.of(x, *layout.place(x, piece, self._cuts[name], self._mesh.tensor))
+
+    def _read(self, saved: Pieces, name: str, x: Tensor, piece: Piece) -> Tensor:
+        return saved.read(layout.place(x, piece, self._cuts[name], self._mesh.tensor)[1]).view(x.shape)
+
+    def _fits(self, saved: Pieces, name: str, x: Tensor, piece: Piece) -> tuple[int, ...]:
+        """The shape of what `_read` would give, or what is there if that is of another whole."""
+        return tuple(x.shape) if saved.shape == layout.place(x, piece, self._cuts[name], self._mesh.tensor)[0] else saved.shape
 
 
 def _check_context(model: ModelConfig, parallel: ParallelConfig) -> None:
     if isinstance(parallel.context, Ulysses):
         check_heads(model.num_heads // parallel.tensor, model.num_kv_heads // parallel.tensor, parallel.context.size)
-
-
-def _hull(model: Model) -> Model:
-    """The model without its weights; parameters that are one stay one."""
-    return copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()})

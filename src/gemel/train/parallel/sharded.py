@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gemel.config.compute import Activations, RecomputeBlocks
+from gemel.model import build
 from gemel.model.model import Model
 from gemel.train.parallel.data import Write
 from gemel.train.parallel.layout import Piece
@@ -26,14 +27,25 @@ from gemel.train.parallel.mesh import Mesh
 class Sharded:
     """See `data.Gradients`. The blocks that are recomputed together are gathered together."""
 
-    def __init__(self, model: Model, named: Mapping[str, nn.Parameter], mesh: Mesh, speaks: Mapping[str, bool], activations: Activations):
+    def __init__(
+        self,
+        model: Model,
+        named: Mapping[str, nn.Parameter],
+        mesh: Mesh,
+        speaks: Mapping[str, bool],
+        activations: Activations,
+        device: torch.device,
+    ):
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         self._model, axis = model, mesh.shards
         shapes = {name: p.shape for name, p in named.items()}
         devices, policy = mesh.hybrid(), MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for group in _groups(list(model.layers), activations):
+            for block in group:
+                build.allocate(block, device)
             fully_shard(group, mesh=devices, mp_policy=policy)
+        build.allocate(model, device)
         fully_shard(model, mesh=devices, mp_policy=policy)
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -82,12 +94,13 @@ class Sharded:
         for name, piece in self.pieces.items():
             self._parameter(name).grad = piece.tensor.grad = None
 
-    @torch.no_grad()
-    def put(self, name: str, part: Tensor, write: Write) -> None:
-        """See `data.Gradients.put`."""
+    def weights(self) -> Mapping[str, Piece]:
+        """See `data.Gradients.weights`. What was gathered of them would not know of changes, and is forgotten."""
         self._model.reshard()  # type: ignore[operator]
-        piece = self.pieces[name]
-        write(piece.tensor, part.reshape(-1)[piece.start : piece.start + piece.tensor.numel()].view(piece.tensor.shape))
+        return self.pieces
+
+    def refresh(self, write: Write) -> None:
+        """Nothing."""
 
 
 def _local(tensor: Tensor) -> Tensor:
