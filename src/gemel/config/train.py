@@ -24,7 +24,6 @@ from gemel.config.compute import (
     Compile,
     CompileBlocks,
     Heap,
-    KeepActivations,
     NoCompile,
     OffloadConfig,
     Precision,
@@ -131,10 +130,6 @@ class MetricsConfig(Config):
     mlflow: MLflowConfig | None = None
 
 
-def _activations(given: dict[str, Any]) -> Activations:
-    return KeepActivations() if isinstance(given.get("compile"), CompileBlocks) else SelectiveRecompute(kind="selective")
-
-
 class TrainRecipe(Config):
     """A whole run.
 
@@ -160,7 +155,7 @@ class TrainRecipe(Config):
     offload: OffloadConfig = OffloadConfig()
     tiling: Tiling = Untiled()
     compile: Compile = NoCompile()
-    activations: Activations = Field(default_factory=_activations)
+    activations: Activations = SelectiveRecompute(kind="selective")
     heap: Heap = "keep"
     dropout: DropoutConfig = DropoutConfig()
     stability: StabilityConfig = StabilityConfig()
@@ -171,6 +166,13 @@ class TrainRecipe(Config):
     seed: NonNegativeInt = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     threads: PositiveInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _let_compiling_choose(cls, values: Any) -> Any:
+        """What compiled blocks keep."""
+        compiled = isinstance(values, dict) and isinstance(values.get("compile"), dict) and values["compile"].get("kind") == "blocks"
+        return {"activations": {"kind": "none"}} | values if compiled else values
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -157,8 +157,8 @@ def test_a_rank_without_room_is_named_by_all(full: str, tmp_path: Path, monkeypa
 def test_a_rank_that_never_says_that_it_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if it died between its write and the commit: there is no checkpoint, the one before is found, and the drafts are swept away."""
     together(lambda mesh: write(tmp_path, mesh, 1))
-    written, go_on = threading.Barrier(3, timeout=20), threading.Event()
-    tell = Mesh.tell
+    written, go_on, asked = threading.Barrier(4, timeout=20), threading.Event(), threading.Event()
+    tell, told = Mesh.tell, Mesh.told
 
     def dies(self: Mesh, key: str, text: str) -> None:
         if not self.first:
@@ -168,8 +168,15 @@ def test_a_rank_that_never_says_that_it_has_written(tmp_path: Path, monkeypatch:
             text = json.dumps([json.loads(text)[0], {}, "dead"])  # or the others would wait forever, with nobody to end them
         tell(self, key, text)
 
+    def asks(self: Mesh, key: str) -> str | None:
+        if self.first and not asked.is_set():  # it has written, too
+            asked.set()
+            written.wait()
+        return told(self, key)
+
     with monkeypatch.context() as patch:
         patch.setattr(Mesh, "tell", dies)
+        patch.setattr(Mesh, "told", asks)
         with ThreadPoolExecutor(1) as pool:
             job = pool.submit(together, lambda mesh: write(tmp_path, mesh, 2))
             written.wait()
