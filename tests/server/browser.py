@@ -27,6 +27,10 @@ def find_browser() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
+class Navigated(AssertionError):
+    """The page was left while it was asked something."""
+
+
 class Page:
     """One tab. `requests` holds every address that it asked for, `problems` its exceptions and console errors."""
 
@@ -62,6 +66,8 @@ class Page:
         self._answers[number] = answer
         await self.socket.send(json.dumps({"id": number, "method": method, "params": params}))
         message = await asyncio.wait_for(answer, 30)
+        if "navigated" in message.get("error", {}).get("message", ""):
+            raise Navigated(message)
         assert "error" not in message, message
         return message["result"]
 
@@ -75,10 +81,16 @@ class Page:
         """Wait until the expression is true; the limit only ends a test that has failed already."""
         try:
             async with asyncio.timeout(limit_s):
-                while not await self.js(f"Boolean({expression})"):
+                while not await self._holds(expression):
                     await asyncio.sleep(0.03)
         except TimeoutError:
             raise AssertionError(f"never true: {expression}; the page says {await self.js('document.body.innerText')!r}") from None
+
+    async def _holds(self, expression: str) -> bool:
+        try:
+            return bool(await self.js(f"Boolean({expression})"))
+        except Navigated:  # nothing can be said of a page that is gone
+            return False
 
     async def open(self, url: str) -> None:
         await self.command("Page.navigate", url=url)
