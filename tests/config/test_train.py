@@ -49,8 +49,10 @@ def test_square_roots_survive_a_file(tmp_path: Path) -> None:
 
 def test_what_decides_the_result_and_what_does_not() -> None:
     plain = TrainRecipe.parse(LEAST)
-    harmless = {"out": "b", "steps": 9, "threads": 1, "device": "cpu", "save": {"every": 1}, "validation": {"every": 2}}
+    harmless = {"out": "b", "steps": 9, "threads": 1, "device": "cpu", "save": {"every": 1}, "heap": "return"}
     assert TrainRecipe.parse(LEAST | harmless).what() == plain.what()
+    looked = LEAST | {"data": LEAST["data"] | {"holdout": 0.1}}
+    assert TrainRecipe.parse(looked | {"validation": {"every": 2}}).what() == TrainRecipe.parse(looked).what()
     levers = {"tiling": {"kind": "outputs"}, "compile": {"kind": "none"}, "activations": {"kind": "selective"}}
     assert TrainRecipe.parse(LEAST | levers).what() == plain.what()
     assert TrainRecipe.parse(LEAST | {"batch": LEAST["batch"] | {"micro_tokens": 32}}).what() == plain.what()
@@ -80,6 +82,7 @@ def test_what_decides_the_result_and_what_does_not() -> None:
         ({"tokenizer": {"kind": "learnt"}}, "tokenizer.kind = 'learnt' needs a source of kind 'documents'"),
         ({"tokenizer": {"kind": "learnt", "end_of_document": "x"}}, "tokenizer: end_of_document = 'x' is not among special_tokens"),
         ({"validation": {"patience": 3}}, "validation.patience needs something to validate on: set data.holdout = 0.01"),
+        ({"validation": {"every": 3}}, "validation.every needs something to validate on: set data.holdout = 0.01"),
         ({"dropout": {"residual": 1.0}}, "dropout.residual = 1.0: Input should be less than 1"),
         ({"optim": {"weights": "master"}, "precision": {"kind": "fp16"}}, "optim.weights = 'master' keeps parameters in bf16"),
     ],

@@ -186,7 +186,7 @@ def test_more_trials_make_a_search_longer_and_another_search_is_refused(tmp_path
 @pytest.mark.parametrize(
     ("searched", "changes", "says"),
     [
-        ({}, {"data__holdout": 0.0}, r"set data\.holdout = 0\.01"),
+        ({}, {"data__holdout": 0.0, "validation__every": 0}, r"set data\.holdout = 0\.01"),
         ({"prune": {"kind": "median"}}, {"validation__every": 0}, r"set validation\.every"),
         ({"prune": {"kind": "halving", "steps": 3}}, {}, r"prune\.steps = 3 is no multiple of validation\.every = 2"),
         ({"space": {"optim.lrr": {"kind": "choice", "values": [1]}}}, {}, r"did you mean 'lr'"),

@@ -198,8 +198,8 @@ class TrainRecipe(Config):
         if isinstance(self.precision, FP8) and isinstance(self.tiling, TileOutputs):
             raise ValueError("tiling.kind = 'outputs' and precision.kind = 'fp8' both say how products are done; leave one of them out")
         self._check_offload()
-        if (self.save.best or self.validation.patience) and not (self.data.validation or self.data.holdout):
-            name = "save.best" if self.save.best else "validation.patience"
+        looks = {"save.best": self.save.best, **{f"validation.{name}": value for name, value in self.validation}}
+        if (name := next((name for name, value in looks.items() if value), None)) and not (self.data.validation or self.data.holdout):
             raise ValueError(f"{name} needs something to validate on: set data.holdout = 0.01, or give data.validation")
         if self.validation.patience and not self.validation.every:
             raise ValueError(f"validation.patience = {self.validation.patience} counts looks on the way: set validation.every, too")
