@@ -43,8 +43,8 @@ typedef struct gemel_team gemel_team;
 GEMEL_API gemel_team* gemel_team_new(int32_t threads);
 GEMEL_API void gemel_team_free(gemel_team* team);
 
-/* Packing, by a team or, where it is null, by the caller alone. `values`: fp32, bf16 or int8 [n, k], or two 4-bit numbers per byte [n, k/2], the lower half first. `scales` and `minima`: fp32,
- * [n] or [n, k/group]; those of groups are kept as fp16. */
+/* Packing, by a team or, where it is null, by the caller alone. `values`: fp32, bf16 or int8 [n, k], or two 4-bit numbers per byte
+ * [n, k/2], the lower half first. `scales` and `minima`: fp32, [n] or [n, k/group]; those of groups are kept as fp16. */
 GEMEL_API int64_t gemel_packed_bytes(const gemel_weight* weight);
 GEMEL_API void gemel_pack(gemel_team* team, const gemel_weight* weight, const void* values, const float* scales, const float* minima,
                           void* packed);

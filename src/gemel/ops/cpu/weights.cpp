@@ -19,8 +19,9 @@ int source(const gemel_weight& weight, int panel, int j) {
     return pair < half ? (j < W ? pair : half + pair) : -1;
 }
 
+constexpr int kPiece = 8;  // panels that a thread takes at a time
+
 // Whatever the format, four bytes of a row lie beside those of the next row: a panel is a transposed matrix of such words.
-constexpr int kPiece = 8;   // panels that a thread takes at a time
 constexpr int kWords = 16;  // of a row at a time: a cache line
 
 // Writes panels front to back; rows that are none are zeros.
