@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
@@ -32,9 +33,12 @@ import torch  # noqa: E402
 from tests.tolerance import RELATIVE  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from gemel.config.optim import OptimConfig  # noqa: E402
 from gemel.ops import activation, head, norm, rotary, triton  # noqa: E402
+from gemel.ops.adamw import Draws, How, Part, Stored  # noqa: E402
 from gemel.ops.causal import alibi_slopes  # noqa: E402
-from gemel.ops.train import Moved, packed_attention_reference  # noqa: E402
+from gemel.ops.train import packed_attention_reference  # noqa: E402
+from gemel.train.optim import build, noise  # noqa: E402
 
 HOW_TORCH = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False, "maximize": False}
 SHARED_BYTES = {
@@ -130,6 +134,7 @@ def others(sizes: Sizes, random: Callable[..., Tensor]) -> Iterator[Case]:
     """What there is once in a step."""
     yield head_loss(sizes, random)
     yield optimizer(sizes, random)
+    yield stored_optimizer(sizes, random)
 
 
 def between_products(sizes: Sizes, random: Callable[..., Tensor]) -> Iterator[Case]:
@@ -192,14 +197,17 @@ def optimizer(sizes: Sizes, random: Callable[..., Tensor]) -> Case:
     """Weights in fp32, gradients in the type of the run; torch's fused one wants them alike and gets fp32."""
     shape = sizes.width, sizes.width
     start, gradients = [random(shape).float() for _ in range(sizes.matrices)], [random(shape) for _ in range(sizes.matrices)]
-    ours = [Moved(w.clone(), g, torch.zeros_like(w), torch.zeros_like(w), None, 0.1) for w, g in zip(start, gradients, strict=True)]
+    ours = [Part(*(Stored(w.clone()), g, *(Stored(torch.zeros_like(w)) for _ in range(2)))) for w, g in zip(start, gradients, strict=True)]
+    how = How(keep=1 - 1e-4, rest1=0.1, beta2=0.95, rest2=0.05, root=0.05**0.5, eps=1e-8, step=1e-2, shrink=0.0)
+    table = torch.zeros(1, dtype=torch.int32, device=start[0].device)
     weights, moments = [w.clone() for w in start], [[torch.zeros_like(w) for w in start] for _ in range(2)]
     wide = [gradient.float() for gradient in gradients]
     steps = [torch.zeros((), device=one.device) for one in start]
 
     def step_ours() -> Sequence[Tensor]:
-        triton.adamw(ours, rate=1e-3, betas=(0.9, 0.95), eps=1e-8, step=1)
-        return [one.weight for one in ours]
+        for part in ours:
+            triton.adamw(how, part, table)
+        return [part.weight.data for part in ours]
 
     def step_theirs() -> Sequence[Tensor]:
         for step in steps:
@@ -212,6 +220,40 @@ def optimizer(sizes: Sizes, random: Callable[..., Tensor]) -> Case:
 
     numbers = sizes.matrices * sizes.width**2
     return Case("adamw", step_ours, step_theirs, moved_bytes=numbers * (24 + gradients[0].itemsize), repeats=False)
+
+
+def stored_optimizer(sizes: Sizes, random: Callable[..., Tensor]) -> Case:
+    """Weights in bf16 with their lower halves, moments in bf16, rounded at random; beside unpacking, torch's step and packing."""
+    settings = OptimConfig.parse({"weights": "master", "state": "bf16", "weight_decay": 0.1, "exempt": ()})
+    shape = sizes.width, sizes.width
+    start, gradients = ([random(shape).bfloat16() for _ in range(sizes.matrices)] for _ in range(2))
+    weights = [torch.nn.Parameter(w.clone()) for w in start]
+    plain = build(settings, [(f"layers.{i}.weight", w) for i, w in enumerate(weights)])
+    how = How(keep=1 - 1e-4, rest1=0.1, beta2=0.95, rest2=0.05, root=0.05**0.5, eps=1e-8, step=1e-2, shrink=0.0)
+    table, num_stretches = noise.table(start[0].device), -(-(sizes.width**2) // noise.TABLE)
+    draws = Draws(tuple(noise.key(i) for i in range(num_stretches)), 0, noise.TABLE)
+    ours = [
+        Part(
+            Stored(w.clone().view(-1), low=torch.zeros(w.numel(), dtype=torch.int16, device=w.device)),
+            gradient.view(-1),
+            *(Stored(torch.zeros_like(w).view(-1), draws=draws) for _ in range(2)),
+        )
+        for w, gradient in zip(start, gradients, strict=True)
+    ]
+
+    def step_ours() -> Sequence[Tensor]:
+        for part in ours:
+            triton.adamw(how, part, table)
+        return [part.weight.data.view(shape) for part in ours]
+
+    def step_theirs() -> Sequence[Tensor]:
+        for w, gradient in zip(weights, gradients, strict=True):
+            w.grad = gradient
+        with mock.patch.object(triton, "takes", lambda *_: False):
+            plain.step(1e-3)
+        return [w.detach() for w in weights]
+
+    return Case("adamw as stored", step_ours, step_theirs, moved_bytes=sizes.matrices * sizes.width**2 * 18, repeats=False)
 
 
 # --- with a GPU ---------------------------------------------------------------------------------------------------------------------

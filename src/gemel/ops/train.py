@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -147,50 +146,3 @@ def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(tensor.to(dtype) for tensor in tensors)
-
-
-# --- optimizer ----------------------------------------------------------------------------------------------------------------------
-
-
-class Moved(NamedTuple):
-    """A tensor that AdamW moves, with all that belongs to it. Moments and the master copy, if there is one, are fp32."""
-
-    weight: Tensor
-    gradient: Tensor
-    first: Tensor
-    second: Tensor
-    master: Tensor | None = None
-    decay: float = 0.0
-
-
-def adamw(tensors: Sequence[Moved], *, rate: float, betas: tuple[float, float], eps: float, step: int, gradient_scale: float = 1.0) -> None:
-    """One step of AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) over all tensors, in place; steps count from 1.
-
-    Weights are fp32, or bf16 as the rounded images of their masters. Gradients, fp32 or bf16, are multiplied with `gradient_scale` on the
-    way, which is where clipping costs nothing. On GPUs in one launch; on CPUs `adamw.step` does it, on numbers as they are stored.
-    """
-    if tensors and all(map(_movable, tensors)):
-        return triton.adamw(tensors, rate=rate, betas=betas, eps=eps, step=step, gradient_scale=gradient_scale)
-    return adamw_reference(tensors, rate=rate, betas=betas, eps=eps, step=step, gradient_scale=gradient_scale)
-
-
-def adamw_reference(
-    tensors: Sequence[Moved], *, rate: float, betas: tuple[float, float], eps: float, step: int, gradient_scale: float = 1.0
-) -> None:
-    """The same in torch, tensor by tensor."""
-    beta1, beta2 = betas
-    with torch.no_grad():
-        for weight, gradient, first, second, master, decay in tensors:
-            moved, gradient = weight if master is None else master, gradient.to(first.dtype) * gradient_scale
-            first.lerp_(gradient, 1 - beta1)
-            second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            root = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-            moved.mul_(1 - rate * decay).addcdiv_(first, root, value=-rate / (1 - beta1**step))
-            if master is not None:
-                weight.copy_(master)
-
-
-def _movable(one: Moved) -> bool:
-    wide = [one.first, one.second] + ([one.weight] if one.master is None else [one.master])
-    shaped = all(tensor.is_contiguous() and tensor.shape == one.weight.shape for tensor in (*wide, one.weight, one.gradient))
-    return shaped and one.first.dtype == torch.float32 and triton.takes(*wide) and triton.takes(one.weight) and triton.takes(one.gradient)

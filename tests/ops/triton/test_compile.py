@@ -28,3 +28,4 @@ def test_the_compiler_takes_every_kernel() -> None:
         *("attention.forward", "attention.backward_queries", "attention.backward_keys", "head_loss.cross_entropy", "optimizer.step"),
     }
     assert names.count("attention.forward") == 4  # heads of 64 and 128, a window, slopes
+    assert names.count("optimizer.step") == 2  # fp32, and bf16 with its halves and rounded at random

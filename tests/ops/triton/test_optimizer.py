@@ -1,45 +1,53 @@
+"""AdamW in one launch against unpacking, torch's step and packing."""
+
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor, nn
 
+from gemel.config.optim import Precision, WeightStorage
 from gemel.ops import triton
-from gemel.ops.train import Moved, adamw_reference
+from gemel.ops.cpu import training
+from gemel.train.optim import Optimizer, build
 from tests.tolerance import assert_close
-
-HOW = {"rate": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "gradient_scale": 0.5}
-
-
-def moved(shape: tuple[int, ...], weight: torch.dtype, gradient: torch.dtype, device: torch.device, decay: float) -> Moved:
-    w, g, first, second = torch.randn(4, *shape, generator=torch.Generator().manual_seed(len(shape))).to(device)
-    master = None if weight == torch.float32 else w.clone()
-    return Moved(w.to(weight), g.to(gradient), first * 0.1, second.square(), master, decay)
+from tests.train.optim.problem import config
 
 
-def test_steps_over_tensors_of_all_kinds(device: torch.device) -> None:
-    """More than one piece, one that is not full, types in turn; the reference is in float64."""
-    tensors = [
-        moved((100, 95), torch.float32, torch.float32, device, 0.1),
-        moved((5,), torch.float32, torch.float32, device, 0.0),
-        moved((77,), torch.bfloat16, torch.bfloat16, device, 0.1),
-        moved((3, 3), torch.bfloat16, torch.float32, device, 0.1),
-    ]
-    wide = [Moved(*(part.cpu().double() if isinstance(part, torch.Tensor) else part for part in one)) for one in tensors]
-    for step in (1, 2, 30):
-        triton.adamw(tensors, step=step, **HOW)
-        adamw_reference(wide, step=step, **HOW)
-    for got, want in zip(tensors, wide, strict=True):
-        narrow = got.weight.dtype == torch.bfloat16
-        assert_close(got.weight.cpu(), want.weight, "bf16_reorder" if narrow else "fp32_reorder")
-        assert_close(got.first.cpu(), want.first, "fp32_reorder")
-        assert_close(got.second.cpu(), want.second, "fp32_reorder")
-        if got.master is not None and want.master is not None:
-            assert_close(got.master.cpu(), want.master, "fp32_reorder")
+def problem(device: torch.device, state: Precision, weights: WeightStorage) -> tuple[list[Tensor], Optimizer]:
+    """More than one block, more than one stretch, one that is not full, and one that begins within a stretch."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+    parameters = {name: nn.Parameter(torch.randn(n, generator=generator).to(device, dtype)) for name, n in (("a", 9500), ("b", 5))}
+    return list(parameters.values()), build(config(state=state, weights=weights), parameters.items(), starts={"a": 100})
 
 
-def test_no_gradient_only_decays(device: torch.device) -> None:
-    one = moved((9000,), torch.float32, torch.float32, device, 0.5)
-    before = one.weight.clone()
-    for tensor in one[1:4]:
-        tensor.zero_()
-    triton.adamw([one], step=1, **HOW)
-    assert torch.equal(one.weight, before * (1 - 1e-2 * 0.5))
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+@pytest.mark.parametrize("weights", ["fp32", "master", "stochastic"])
+def test_a_step_is_the_plain_one(state: Precision, weights: WeightStorage, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With decay, L1, and the same draws where numbers are rounded at random."""
+    monkeypatch.setattr("gemel.train.optim.optimizer.STRETCH", 4096)
+    monkeypatch.setattr(training, "kernels", lambda: None)
+    (ours, optimizer), (theirs, plain) = problem(device, state, weights), problem(torch.device("cpu"), state, weights)
+    launches: list[int] = []
+    launched = triton.adamw
+    monkeypatch.setattr(triton, "adamw", lambda how, part, table: (launches.append(part.gradient.numel()), launched(how, part, table)))
+    for step in range(3):
+        gradients = [torch.randn(w.shape, generator=torch.Generator().manual_seed(step)).to(w.dtype) for w in theirs]
+        for parameters, moving in ((ours, optimizer), (theirs, plain)):
+            for w, gradient in zip(parameters, gradients, strict=True):
+                w.grad = gradient.to(w.device)
+            with pytest.MonkeyPatch.context() as patch:
+                if moving is optimizer and device.type == "cpu":
+                    patch.setattr(triton, "takes", lambda *tensors: tensors[0].numel() > 0)
+                moving.step(1e-2)
+    assert launches == 3 * [9500, 5]
+    row = "fp32_reorder" if (state, weights) == ("fp32", "fp32") else "bf16_reorder"
+    for got, want in zip(ours, theirs, strict=True):
+        assert_close(got.cpu(), want, row)
+        assert (got.cpu() == want).float().mean() > 0.9  # a rare last bit apart
+    for name, x in optimizer.state_dict().items():
+        if not name.endswith("low"):  # what a last bit is apart in the weight is everything there
+            assert_close(x.cpu(), plain.state_dict()[name], row)
+        else:
+            assert (x.cpu() == plain.state_dict()[name]).float().mean() > 0.5

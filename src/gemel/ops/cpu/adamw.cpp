@@ -46,7 +46,7 @@ void write(const gemel_stored& to, const int32_t* table, int64_t at, int count, 
         }
     } else {
         for (int i = 0; i < count; i++) {
-            const uint32_t drawn = ((static_cast<uint32_t>(table[at + i]) ^ to.mix[0]) * to.mix[1]) >> 16;
+            const uint32_t drawn = ((static_cast<uint32_t>(table[to.place + at + i]) ^ to.mix[0]) * to.mix[1]) >> 16;
             high[i] = static_cast<bf16>((bits_of(from[i]) + drawn) >> 16);
         }
     }

@@ -108,8 +108,8 @@ GEMEL_API void gemel_swiglu_run(gemel_workshop* workshop, const gemel_swiglu* jo
 typedef struct {
     void* data;
     int16_t* low; /* or null */
-    int32_t format, reserved;
-    uint32_t mix[2]; /* number i is rounded with the upper half of (table[i] ^ mix[0]) * mix[1] */
+    int32_t format, place;
+    uint32_t mix[2]; /* number i is rounded with the upper half of (table[place + i] ^ mix[0]) * mix[1] */
 } gemel_stored;
 
 /* A stretch of one parameter, with the moments of its gradient. */
@@ -123,7 +123,7 @@ typedef struct {
 /* weight = keep weight - step first / (sqrt(second) / root + eps), then up to `shrink` nearer to zero. */
 typedef struct {
     float keep, rest1, beta2, rest2, root, eps, step, shrink; /* rest1 = 1 - beta1, rest2 = 1 - beta2 */
-    const int32_t* table; /* as many as the longest part has numbers */
+    const int32_t* table; /* as many as the farthest place of a part that is rounded at random */
 } gemel_adamw;
 GEMEL_API void gemel_adamw_step(gemel_workshop* workshop, const gemel_adamw* how, int32_t num_parts, const gemel_adamw_part* parts);
 

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Sequence
-from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_uint32, c_void_p
+from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class SwiGLU(Structure):
 class Stored(Structure):
     """gemel_stored."""
 
-    _fields_ = [("data", c_void_p), ("low", c_void_p), ("format", c_int32), ("reserved", c_int32), ("mix", c_uint32 * 2)]
+    _fields_ = [("data", c_void_p), ("low", c_void_p), ("format", c_int32), ("place", c_int32), ("mix", c_int32 * 2)]
 
 
 class AdamWPart(Structure):

@@ -1,13 +1,11 @@
-"""AdamW over all tensors of a step in one launch for each combination of types.
+"""One step of AdamW over a parameter in one launch, whatever its weights and moments are stored as.
 
-A launch gets a table of addresses, one row a tensor, and a list of pieces of equal size, one a program: which tensor, and which part of it.
-Hundreds of launches of a few microseconds each would take longer than the arithmetic of a small model.
+They become fp32 in registers, move, and go back: what is read and written is what is stored. How bf16 is rounded at random is a function of
+a key and a place, as everywhere (`train.optim.noise`), so a GPU draws the bits that a CPU would have drawn.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,92 +13,114 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemel.ops.triton.launch import cut, on_device_of
+from gemel.ops.adamw import mixed
+from gemel.ops.triton.launch import on_device_of
 
 if TYPE_CHECKING:
-    from gemel.ops.train import Moved
+    from gemel.ops.adamw import How, Part, Stored
 
-PIECE = 8192  # numbers of a program: enough to hide finding them, few enough that small tensors do not leave it idle
 BLOCK = 1024
+PLAIN, HALVED, ROUNDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _read(data_ptr, low_ptr, at, inside, FORM: tl.constexpr):
+    x = tl.load(data_ptr + at, mask=inside, other=0)
+    if FORM == PLAIN:
+        return x.to(tl.float32)
+    bits = x.to(tl.int32) << 16
+    if FORM == HALVED:
+        bits += tl.load(low_ptr + at, mask=inside, other=0).to(tl.int32)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _write(data_ptr, low_ptr, keys_ptr, table_ptr, at, place, inside, x, LENGTH: tl.constexpr, FORM: tl.constexpr):
+    if FORM == PLAIN:
+        tl.store(data_ptr + at, x, mask=inside)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        if FORM == HALVED:
+            tl.store(low_ptr + at, bits.to(tl.int16), mask=inside)
+            bits += 0x8000
+        else:
+            keys = keys_ptr + place // LENGTH * 2
+            drawn = tl.load(table_ptr + place % LENGTH, mask=inside, other=0) ^ tl.load(keys, mask=inside, other=0)
+            bits += ((drawn * tl.load(keys + 1, mask=inside, other=0)) >> 16) & 0xFFFF
+        tl.store(data_ptr + at, (bits >> 16).to(tl.int16), mask=inside)
 
 
 @triton.jit
 def _step(
-    addresses_ptr,
-    sizes_ptr,
-    kept_ptr,
-    pieces_ptr,
-    beta1_rest,
+    weight_ptr,
+    weight_low_ptr,
+    weight_keys_ptr,
+    gradient_ptr,
+    first_ptr,
+    first_keys_ptr,
+    second_ptr,
+    second_keys_ptr,
+    table_ptr,
+    size,
+    offset,
+    keep,
+    rest1,
     beta2,
-    beta2_rest,
+    rest2,
+    root,
     eps,
     rate,
-    root_scale,
-    gradient_scale,
+    shrink,
+    LENGTH: tl.constexpr,
     WEIGHT: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    MASTER: tl.constexpr,
-    PIECE: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    piece = tl.program_id(0)
-    tensor, first = tl.load(pieces_ptr + 2 * piece), tl.load(pieces_ptr + 2 * piece + 1).to(tl.int64) * PIECE
-    size, kept = tl.load(sizes_ptr + tensor), tl.load(kept_ptr + tensor)
-    addresses = addresses_ptr + tensor * 5
-    weight_ptr = tl.load(addresses).to(tl.pointer_type(WEIGHT))
-    gradient_ptr = tl.load(addresses + 1).to(tl.pointer_type(GRADIENT))
-    first_ptr, second_ptr = tl.load(addresses + 2).to(tl.pointer_type(tl.float32)), tl.load(addresses + 3).to(tl.pointer_type(tl.float32))
-    moved_ptr = weight_ptr
-    if MASTER:
-        moved_ptr = tl.load(addresses + 4).to(tl.pointer_type(tl.float32))
-    for start in range(0, PIECE, BLOCK):
-        at = first + start + tl.arange(0, BLOCK)
-        inside = at < size
-        gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32) * gradient_scale
-        mean = tl.load(first_ptr + at, mask=inside, other=0.0)
-        square = tl.load(second_ptr + at, mask=inside, other=0.0)
-        mean += (gradient - mean) * beta1_rest
-        square = square * beta2 + gradient * gradient * beta2_rest
-        moved = tl.load(moved_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        moved = moved * kept - rate * (mean / (tl.sqrt(square) * root_scale + eps))
-        tl.store(first_ptr + at, mean, mask=inside)
-        tl.store(second_ptr + at, square, mask=inside)
-        tl.store(weight_ptr + at, moved.to(WEIGHT), mask=inside)
-        if MASTER:
-            tl.store(moved_ptr + at, moved, mask=inside)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside, place = at < size, at + offset
+    gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    mean = _read(first_ptr, first_ptr, at, inside, FIRST)
+    square = _read(second_ptr, second_ptr, at, inside, SECOND)
+    mean += (gradient - mean) * rest1
+    square = square * beta2 + gradient * gradient * rest2
+    moved = _read(weight_ptr, weight_low_ptr, at, inside, WEIGHT) * keep - rate * tl.div_rn(mean, tl.div_rn(tl.sqrt_rn(square), root) + eps)
+    if shrink > 0:
+        moved -= tl.minimum(tl.maximum(moved, -shrink), shrink)
+    _write(weight_ptr, weight_low_ptr, weight_keys_ptr, table_ptr, at, place, inside, moved, LENGTH, WEIGHT)
+    _write(first_ptr, first_ptr, first_keys_ptr, table_ptr, at, place, inside, mean, LENGTH, FIRST)
+    _write(second_ptr, second_ptr, second_keys_ptr, table_ptr, at, place, inside, square, LENGTH, SECOND)
 
 
-def adamw(tensors: Sequence[Moved], *, rate: float, betas: tuple[float, float], eps: float, step: int, gradient_scale: float = 1.0) -> None:
-    """One step of AdamW over all tensors, in place; steps count from 1. As `gemel.ops.train.adamw`, whose `Moved` says what moves.
-
-    All tensors are contiguous; weights are fp32, or narrow images of fp32 masters, and moments are fp32.
-    """
-    groups: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], list[Moved]] = {}
-    for one in tensors:
-        groups.setdefault((one.weight.device, one.weight.dtype, one.gradient.dtype, one.master is not None), []).append(one)
-    beta1, beta2 = betas
-    # Roots of corrected and uncorrected second moments differ by a factor, which the first moment's correction joins in the rate.
-    scalars = (1 - beta1, beta2, 1 - beta2, eps, rate / (1 - beta1**step), (1 - beta2**step) ** -0.5, gradient_scale)
-    for (device, weight, gradient, master), group in groups.items():
-        sizes, pieces = _pieces(tuple(one.weight.numel() for one in group), device)
-        addresses = torch.tensor([_addresses(one) for one in group])
-        kept = torch.tensor([1 - rate * one.decay for one in group], dtype=torch.float32)
-        tables = addresses.to(device, non_blocking=True), sizes, kept.to(device, non_blocking=True), pieces
-        types = {"WEIGHT": _TYPES[weight], "GRADIENT": _TYPES[gradient], "MASTER": master}
-        with on_device_of(group[0].weight):
-            _step[len(pieces),](*tables, *scalars, **types, PIECE=PIECE, BLOCK=BLOCK, num_warps=4)
-
-
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+def adamw(how: How, part: Part, table: Tensor) -> None:
+    """As `gemel.ops.adamw.step`, whose `Part` this is of."""
+    stored = part.weight, part.first, part.second
+    draws = next((x.draws for x in stored if x.draws is not None), None)
+    offset, length = (0, 1) if draws is None else (draws.offset, draws.length)
+    data = [x.data if _form(x) == PLAIN.value else x.data.view(torch.int16) for x in stored]
+    low = data[0] if part.weight.low is None else part.weight.low
+    keys = [_keys(x, table) for x in stored]
+    size = part.gradient.numel()
+    with on_device_of(part.gradient):
+        _step[triton.cdiv(size, BLOCK),](
+            *(data[0], low, keys[0], part.gradient, data[1], keys[1], data[2], keys[2], table, size, offset),
+            *how,
+            LENGTH=length,
+            WEIGHT=_form(part.weight),
+            FIRST=_form(part.first),
+            SECOND=_form(part.second),
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
 
 
-def _addresses(one: Moved) -> list[int]:
-    moments_and_master = one.first, one.second, one.weight if one.master is None else one.master
-    return [tensor.data_ptr() for tensor in (one.weight, one.gradient, *moments_and_master)]
+def _form(x: Stored) -> int:
+    form = PLAIN if x.data.dtype == torch.float32 else ROUNDED if x.low is None else HALVED
+    return int(form.value)
 
 
-@functools.lru_cache(maxsize=16)
-def _pieces(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many numbers each tensor has, and which piece of which tensor each program moves. The same at every step."""
-    sizes_N = torch.tensor(sizes)
-    return sizes_N.to(device), torch.stack(cut(sizes_N, PIECE), 1).int().to(device)
+def _keys(x: Stored, table: Tensor) -> Tensor:
+    """The two words of each stretch's key, as int32; whatever, where nothing is drawn."""
+    if x.draws is None:
+        return table
+    return torch.tensor([mixed(key) for key in x.draws.keys], dtype=torch.int32).to(table.device, non_blocking=True)

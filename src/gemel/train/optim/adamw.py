@@ -6,8 +6,6 @@ speed. Trades: two numbers of state per weight, 8 bytes in fp32, for needing lit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ from gemel.train.optim.method import At, Slot
 
 
 class AdamW:
-    """One fused kernel of torch: one pass over memory instead of ten. Natively it is one with unpacking and packing, too."""
+    """One fused kernel of torch: one pass over memory instead of ten; or of ours, with unpacking and packing in the same pass."""
 
     elementwise = True
 
@@ -45,15 +43,15 @@ class AdamW:
             maximize=False,
         )
 
-    def update_stored(self, parts: Sequence[Part], at: At, l1: float, offset: int = 0) -> bool:
-        """The same for stretches as they are stored, from `offset` on, and L1 with it. False, and nothing changed, where no kernel can."""
+    def update_stored(self, part: Part, at: At, l1: float) -> bool:
+        """The same for numbers as they are stored, and L1 with it. False, and nothing changed, where no kernel can."""
         return adamw.step(
-            parts,
+            part,
             lr=at.lr,
             betas=self.config.betas,
             eps=self.config.eps,
             step=at.step,
             weight_decay=at.weight_decay,
             l1=l1,
-            table=noise.table(torch.device("cpu"))[offset:],
+            table=noise.table(part.gradient.device),
         )

@@ -15,6 +15,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from gemel.ops.adamw import mixed
+
 TABLE = 2**18  # elements that one draw can fill; its four bytes each stay in a cache of the second level
 
 
@@ -26,14 +28,8 @@ def key(*parts: int | str) -> int:
 
 def sixteen_bits(key: int, num: int, device: torch.device, offset: int = 0) -> Tensor:
     """`num` integers (int32) uniform in [0, 2**16), those from `offset` on of the `TABLE` that belong to a key."""
-    first, second = _signed(key >> 32), _signed(key | 1)
+    first, second = mixed(key)
     return table(device)[offset : offset + num].bitwise_xor(first).mul_(second).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-
-
-def _signed(word: int) -> int:
-    """The lower 32 bits as int32, which wraps around like any other when multiplied."""
-    word &= 0xFFFFFFFF
-    return word - (1 << 32) if word >> 31 else word
 
 
 @functools.cache

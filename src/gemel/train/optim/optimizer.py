@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from gemel.config.errors import CheckpointError, ConfigError
 from gemel.config.optim import SGD, Adafactor, AdamW, Lion, Muon, OptimConfig
 from gemel.model.stored import Stored
-from gemel.ops.adamw import Part
+from gemel.ops.adamw import Draws, Part
 from gemel.train.offload import Home, Homes
 from gemel.train.optim import adafactor, adamw, lion, muon, noise, sgd
 from gemel.train.optim.method import At, Method, Slot
@@ -32,13 +33,24 @@ LEAST_FOR_INT8 = 4096  # smaller tensors stay in fp32: norms and biases are sens
 
 
 class Member:
-    """One parameter with its method, its settings and its stores; or its elements from `start` on, which move by the same bits."""
+    """One parameter with its method, its settings and its stores; or its elements from `start` on, which move by the same bits.
+
+    Where it lives `elsewhere`, it moves in pieces, so that little of it has to be here at any time.
+    """
 
     def __init__(
-        self, name: str, parameter: Tensor, method: Method, settings: Settings, config: OptimConfig, allocate: Allocate, start: int = 0
+        self,
+        name: str,
+        parameter: Tensor,
+        method: Method,
+        settings: Settings,
+        config: OptimConfig,
+        allocate: Allocate,
+        start: int = 0,
+        elsewhere: bool = False,
     ):
         self.name, self.parameter, self.method, self.settings, self._seed = name, parameter, method, settings, config.seed
-        self._start = start
+        self._start, self._elsewhere = start, elsewhere
         self.num_steps = 0
         self._slots = method.slots(parameter.shape)
         self._weight = _weight_store(config, name, parameter, allocate)
@@ -72,8 +84,8 @@ class Member:
 
     @property
     def piece(self) -> int:
-        """Elements that are fetched together, if they live elsewhere: several stretches, because disks like long reads."""
-        return 8 * STRETCH if self.method.elementwise else max(self.parameter.numel(), 1)
+        """Elements that move together: all, or several stretches if they are fetched first, because disks like long reads."""
+        return 8 * STRETCH if self._elsewhere and self.method.elementwise else max(self.parameter.numel(), 1)
 
     @property
     def starts(self) -> range:
@@ -105,15 +117,16 @@ class Member:
             store.write(start, x.view(-1), self._key(at, number, start), self._place(start)[1])
 
     def _update_stored(self, at: At, g: Tensor, start: int, stop: int) -> bool:
-        """All of a piece in one native pass, if method and stores have one."""
+        """All of a piece in one pass, if method and stores have one."""
         stores = [store for store in (self._weight, *self._state) if isinstance(store, Plain | Halved | Rounded)]
         if not isinstance(self.method, adamw.AdamW) or len(stores) < 1 + len(self._state):
             return False
-        parts: dict[int, list[Part]] = {}  # by where in a stretch they begin
-        for begin, end in self._stretches(start, stop):
-            weight, first, second = (store.stored(begin, end, self._key(at, number, begin)) for number, store in enumerate(stores))
-            parts.setdefault(self._place(begin)[1], []).append(Part(weight, g[begin:end], first, second))
-        return all(self.method.update_stored(found, at, self.settings.l1, offset) for offset, found in parts.items())
+        weight, first, second = (store.stored(start, stop, partial(self._draws, at, n, start, stop)) for n, store in enumerate(stores))
+        return self.method.update_stored(Part(weight, g[start:stop], first, second), at, self.settings.l1)
+
+    def _draws(self, at: At, number: int, start: int, stop: int) -> Draws:
+        keys = tuple(self._key(at, number, begin) for begin, _ in self._stretches(start, stop))
+        return Draws(keys, self._place(start)[1], STRETCH)
 
     def _key(self, at: At, number: int, start: int) -> int:
         """Decides how what is stored is rounded: number 0 is the weight, then come the slots."""
@@ -215,7 +228,8 @@ def build(
         if isinstance(config.method, Muon) and not isinstance(methods[name], muon.Muon):
             one = Settings(one.lr_scale * config.method.rest_lr_scale, one.weight_decay, one.l1)
         allocate = _in_memory(parameter.device) if homes is None or homes.optimizer is None else homes.optimizer.allocate
-        members.append(Member(name, parameter, methods[name], one, config, allocate, (starts or {}).get(name, 0)))
+        start, elsewhere = (starts or {}).get(name, 0), homes is not None and bool(homes.all)
+        members.append(Member(name, parameter, methods[name], one, config, allocate, start, elsewhere))
         for home in homes.all if homes else ():
             home.behind(members[-1].memory, changed=True)
     return Optimizer(members, homes.all if homes else ())

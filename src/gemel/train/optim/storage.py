@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemel.ops.adamw import Stored
+from gemel.ops.adamw import Draws, Stored
 from gemel.train.optim import dynamic, noise
 
 Allocate = Callable[[str, int, torch.dtype], Tensor]  # name, elements, type: zeros
@@ -56,7 +56,7 @@ class Plain:
     def write(self, start: int, x: Tensor, key: int, offset: int = 0) -> None:
         """Nothing."""
 
-    def stored(self, start: int, stop: int, key: int) -> Stored:  # noqa: ARG002
+    def stored(self, start: int, stop: int, draws: Callable[[], Draws]) -> Stored:  # noqa: ARG002
         """For an optimizer that reads and writes in one pass."""
         return Stored(self._data[start:stop])
 
@@ -85,7 +85,7 @@ class Halved:
         self._high[start:stop] = (bits + 0x8000).bitwise_right_shift_(16)
         self._low[start:stop] = bits  # narrowing keeps the lower 16 bits
 
-    def stored(self, start: int, stop: int, key: int) -> Stored:  # noqa: ARG002
+    def stored(self, start: int, stop: int, draws: Callable[[], Draws]) -> Stored:  # noqa: ARG002
         """For an optimizer that reads and writes in one pass."""
         return Stored(self._data[start:stop], low=self._low[start:stop])
 
@@ -113,9 +113,10 @@ class Rounded:
             drawn = noise.sixteen_bits(noise.key(key, at), bits.numel(), bits.device, offset)
             self._data[start + at : start + at + bits.numel()].view(torch.int16).copy_(drawn.add_(bits).bitwise_right_shift_(16))
 
-    def stored(self, start: int, stop: int, key: int) -> Stored:
-        """For an optimizer that reads and writes in one pass, of a stretch of at most `noise.TABLE` elements."""
-        return Stored(self._data[start:stop], key=noise.key(key, 0))
+    def stored(self, start: int, stop: int, draws: Callable[[], Draws]) -> Stored:
+        """For an optimizer that reads and writes in one pass. The keys are those that `write` would get for each stretch."""
+        keys, offset, length = draws()
+        return Stored(self._data[start:stop], draws=Draws(tuple(noise.key(key, 0) for key in keys), offset, length))
 
 
 class Blocks:
