@@ -121,6 +121,13 @@ def test_beams_come_best_first_with_their_text() -> None:
     assert done.outputs[0].cumulative_logprob >= done.outputs[1].cumulative_logprob
 
 
+def test_log_probabilities_are_summed_if_somebody_asked() -> None:
+    llm = LLM.over(engine(), tokenizer())
+    asked, plain = (llm.generate([PROMPTS[0]], SamplingParams(logprobs=k, max_tokens=3), progress=False)[0].outputs[0] for k in (0, None))
+    assert asked.cumulative_logprob == pytest.approx(sum(item.logprob for item in asked.logprobs))
+    assert plain.cumulative_logprob is None
+
+
 def test_an_aborted_request_is_forgotten() -> None:
     text_engine = TextEngine(engine(), tokenizer())
     text_engine.add(Request("r", tuple(PROMPTS[0]), SamplingParams(n=2)))

@@ -256,7 +256,7 @@ class Engine:
             reason,
             stop_token,
             sequence.cached_tokens,
-            sequence.cumulative_logprob,
+            None if sequence.request.params.logprobs is None else sequence.cumulative_logprob,
             error,
         )
 

@@ -147,7 +147,8 @@ class Output:
 
     `index` is the number of the output within the request (for beams: its rank). `stop_token` is the token that ended it, if one did; it is
     not among `tokens`. `num_output` counts all tokens of the output so far. `cached_tokens` of the prompt came from the prefix cache.
-    `error` says what went wrong when `finish_reason` is ERROR.
+    `cumulative_logprob` is None unless log-probabilities or beams were asked for. `error` says what went wrong when `finish_reason` is
+    ERROR.
     """
 
     request_id: str
@@ -158,7 +159,7 @@ class Output:
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     cached_tokens: int = 0
-    cumulative_logprob: float = 0.0
+    cumulative_logprob: float | None = None
     error: str | None = None
 
 

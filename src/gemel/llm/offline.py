@@ -30,7 +30,8 @@ class CompletionOutput:
     """One way in which a prompt was continued.
 
     `tokens` are ids. `logprobs` has one entry per token when they were asked for. `stop_reason` is the stop string or the
-    id of the stop token that ended it. `error` says what went wrong when `finish_reason` is ERROR.
+    id of the stop token that ended it. `cumulative_logprob` is None unless log-probabilities or beams were asked for. `error` says
+    what went wrong when `finish_reason` is ERROR.
     """
 
     text: str
@@ -38,7 +39,7 @@ class CompletionOutput:
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason
     stop_reason: str | int | None = None
-    cumulative_logprob: float = 0.0
+    cumulative_logprob: float | None = None
     error: str | None = None
 
 

@@ -37,7 +37,7 @@ class Delta:
     num_output: int
     cached_tokens: int
     error: str | None = None
-    cumulative_logprob: float = 0.0
+    cumulative_logprob: float | None = None
 
 
 class _StopAutomaton:
