@@ -42,7 +42,7 @@ def test_figures_are_worked_out_of_steps_that_are_timed() -> None:
 
 
 def test_levers_are_compared_above_the_interpreter() -> None:
-    lever = {"recompute": train_levers.LEVERS["recompute"]}
+    lever = train_levers.chosen(["checkpoint.each"], 64)
     [row] = train_levers.figures(lever, ours([9.0, 0.5, 0.5]), [ours([9.0, 0.6, 0.6], peak_mb=200)], WORK)
     assert (row["memory"], row["time"]) == (0.5, pytest.approx(1.2))
     assert row["pinned"] == 0.5 and "50%     50%  1.20x" in train_levers.table([row])
@@ -54,8 +54,10 @@ def test_every_lever_is_a_recipe(tmp_path: Path) -> None:
     for name, lever in train_levers.chosen([], 64).items():
         changed = train_step.recipe(base | {"settings": lever.settings}, 4, 64)
         assert isinstance(changed, TrainRecipe) and changed != plain, name
-    with pytest.raises(ConfigError, match="there is no lever 'magic'; there is recompute"):
-        train_levers.chosen(["magic"], 64)
+    both = train_levers.chosen(["checkpoint.each+heap.return"], 64)["checkpoint.each+heap.return"]
+    assert both.settings == ("activations={kind='recompute'}", "heap=return") and "1604.06174" in both.published
+    with pytest.raises(ConfigError, match="there is no lever 'magic'; there is accumulate"):
+        train_levers.chosen(["heap.return+magic"], 64)
 
 
 def job(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -77,7 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="train: put a value over gemel's recipe, as optim.state=int8; may be repeated",
     )
-    parser.add_argument("--levers", nargs="?", const="", metavar="NAME,...", help="train: measure levers instead of peers (default: all)")
+    parser.add_argument(
+        "--levers",
+        nargs="?",
+        const="",
+        metavar="NAME,...",
+        help="train: measure levers instead of peers, several at once as NAME+NAME (default: all)",
+    )
     parser.add_argument("--profile", action="store_true", help="afterwards, show which operators one more run spends its time in")
 
 

@@ -14,56 +14,38 @@ from typing import Any
 from gemel.bench.report import aligned
 from gemel.bench.train import Result, Work
 from gemel.config.errors import ConfigError
+from gemel.config.levers import TRAINING, settings
 
 
 @dataclass(frozen=True, slots=True)
-class Lever:
-    """Settings that turn it on, and what is published, with its source."""
+class Chosen:
+    """What is measured under one name: settings that turn it on, and what is published, with its source."""
 
     settings: tuple[str, ...]
     published: str
 
 
-ADAFACTOR = "optim.method={kind='adafactor'}"
-NARROW = ("precision={kind='bf16'}", "optim.weights='stochastic'")
-LEVERS = {
-    "recompute": Lever(("activations={kind='recompute'}",), "5-10x less activation memory for 30% more time (arXiv 1604.06174)"),
-    "recompute-2": Lever(("activations={kind='recompute',blocks=2}",), "between each block and sqrt(n)"),
-    "recompute-sqrt": Lever(("activations={kind='recompute',blocks='sqrt'}",), "activation memory of O(sqrt n) (arXiv 1604.06174)"),
-    "keep": Lever(("activations={kind='none'}",), "without `selective`, which is the default and recomputes norms and gates"),
-    "heap": Lever(("heap='return'",), "nothing; memory without holes"),
-    "recompute+heap": Lever(("activations={kind='recompute'}", "heap='return'"), "nothing"),
-    "accumulate": Lever(("batch.micro_tokens=SEQUENCE",), "activations of one micro-batch, no other cost"),
-    "state-bf16": Lever(("optim.state='bf16'",), "half of Adam's 8 bytes per parameter"),
-    "state-int8": Lever(("optim.state='int8'",), "a quarter of Adam's 8 bytes per parameter (arXiv 2110.02861)"),
-    "adafactor": Lever((ADAFACTOR,), "sublinear state (arXiv 1804.04235)"),
-    "offload-state": Lever(
-        ("offload.optimizer={kind='disk'}", "save.asynchronous=false"),
-        "the optimizer's 8 bytes per parameter go to disk (arXiv 2104.07857)",
-    ),
-    "offload-all": Lever(
-        ("offload.optimizer={kind='disk'}", "offload.parameters={kind='disk'}", "save.asynchronous=false"),
-        "parameters too: models larger than memory (arXiv 2104.07857)",
-    ),
-    "bf16": Lever(("precision={kind='bf16'}", "optim.weights='master'"), "half the activations (arXiv 1710.03740)"),
-    "stochastic": Lever(NARROW, "half of weights, gradients and activations, no master copy"),
-}
+def chosen(names: Sequence[str], length: int) -> dict[str, Chosen]:
+    """Levers of `config.levers` by name, several at once as `NAME+NAME`; none named means all that are not on anyway.
+
+    `length` is how many tokens a sequence has. Raises ConfigError for a lever that does not exist.
+    """
+    known = {lever.id: lever for lever in TRAINING}
+    found = {}
+    for name in names or [lever.id for lever in TRAINING if not lever.default]:
+        levers = []
+        for one in name.split("+"):
+            if one not in known:
+                raise ConfigError(f"there is no lever {one!r}; there is {', '.join(known)}")
+            levers.append(known[one])
+        found[name] = Chosen(
+            tuple(setting for lever in levers for setting in settings(lever, length)),
+            "; ".join(lever.published for lever in levers if lever.published),
+        )
+    return found
 
 
-def chosen(names: Sequence[str], shape_length: int) -> dict[str, Lever]:
-    """Levers by name; none named means all. Raises ConfigError for one that does not exist."""
-    if unknown := [name for name in names if name not in LEVERS]:
-        raise ConfigError(f"there is no lever {unknown[0]!r}; there is {', '.join(LEVERS)}")
-    found = {name: LEVERS[name] for name in names or LEVERS}
-    return {name: _of_length(lever, shape_length) for name, lever in found.items()}
-
-
-def _of_length(lever: Lever, length: int) -> Lever:
-    settings = tuple(setting.replace("SEQUENCE", str(length)) for setting in lever.settings)
-    return Lever(settings, lever.published)
-
-
-def figures(levers: Mapping[str, Lever], base: Result, results: Sequence[Result], work: Work) -> list[dict[str, Any]]:
+def figures(levers: Mapping[str, Chosen], base: Result, results: Sequence[Result], work: Work) -> list[dict[str, Any]]:
     """Plain data of each: memory and time, with it and by what they are without it."""
     made: list[dict[str, Any]] = []
     for (name, lever), result in zip(levers.items(), results, strict=True):
