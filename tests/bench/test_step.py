@@ -2,7 +2,7 @@
 
 import pytest
 
-from gemel.bench import command, report, step
+from gemel.bench import apart, command, report, step
 from gemel.bench.roofline import PARTS, Rates, StepCost, uniform
 from gemel.config.engine import EngineConfig
 from gemel.config.errors import ConfigError
@@ -49,7 +49,7 @@ def cost():
 
 def test_a_call_inside_another_counts_for_itself_only():
     clock = Clock()
-    watch = step.Stopwatch(clock)
+    watch = apart.Stopwatch(clock)
 
     def inner():
         clock.now_s += 2.0
@@ -69,7 +69,7 @@ def test_a_call_inside_another_counts_for_itself_only():
 
 def test_time_counts_even_when_the_call_raises():
     clock = Clock()
-    watch = step.Stopwatch(clock)
+    watch = apart.Stopwatch(clock)
 
     def fail():
         clock.now_s += 3.0
@@ -80,10 +80,10 @@ def test_time_counts_even_when_the_call_raises():
     assert watch.take() == {"part": 3.0}
 
 
-def test_watching_leaves_no_trace(text):
+def test_watching_leaves_no_trace(text, cost):
     before = vars(text).keys() | vars(text.engine).keys()
     sample = engine_module.sample
-    with step.watch(text, step.Stopwatch()):
+    with apart.watch(text.engine, cost, text):
         assert engine_module.sample is not sample
     assert engine_module.sample is sample
     assert vars(text).keys() | vars(text.engine).keys() == before
@@ -116,17 +116,17 @@ def test_parts_of_torch_steps_add_up_to_the_step(text, cost):
 def test_parts_of_native_steps_stand_beside_their_plan(text, cost, program, monkeypatch):
     monkeypatch.setattr(type(text.engine.runner), "program", program)
     profile = step.profile(text, cost, batch=2, context=20, num_steps=3)
-    assert profile.native and profile.model_s == pytest.approx(dict.fromkeys(program.kinds, 1e-9))
-    assert profile.outside_s["call"] > 0  # this program counts next to nothing
-    assert profile.outside_share == pytest.approx(1 - 8e-9 / profile.total_s, rel=1e-3)
-    rows = {row[0]: row for row in step.table(profile, read_bytes_per_s=1e9)}
-    assert set(rows) == {"part", *step.OUTSIDE, *program.kinds, "whole step"}
+    assert profile.native and profile.step.model_s == pytest.approx(dict.fromkeys(program.kinds, 1e-9))
+    assert profile.step.outside_s["call"] > 0  # this program counts next to nothing
+    assert profile.step.outside_share == pytest.approx(1 - 8e-9 / profile.step.total_s, rel=1e-3)
+    rows = {row[0]: row for row in apart.table(profile.step, read_bytes_per_s=1e9)}
+    assert set(rows) == {"part", *apart.OUTSIDE, *program.kinds, "whole step"}
     assert all(rows[name][3] != "-" for name in program.kinds if name not in ("embed", "norm"))
     assert rows["embed"][3] == "-"
     assert report.aligned(list(rows.values()))
     assert "missed" in step.summary(profile)
     told = step.as_json(profile, read_bytes_per_s=1e9)
-    assert told["outside"] == {"share": profile.outside_share, "bar": 0.15, "met": False}
+    assert told["outside"] == {"share": profile.step.outside_share, "bar": 0.15, "met": False}
     assert len(told["seconds"]["planned"]) == len(PARTS)
 
 

@@ -183,9 +183,9 @@ def _run_timed(args: argparse.Namespace, head: dict[str, object], path: Path, co
     subject.check(work)
     repeats = suite.measured(subject, args.benchmark, work, args.repeat)
     peak_bytes = machine.peak_memory_bytes()  # before the probes of `rates` allocate theirs
-    if args.profile:
-        print(suite.profile(subject, args.benchmark, work), file=sys.stderr if args.json else sys.stdout)
     rates = machine.rates(subject.device, subject.storage.arithmetics)
+    if args.profile:
+        print(suite.profile(subject, args.benchmark, work, rates), file=sys.stderr if args.json else sys.stdout)
     figures = suite.compare(subject, args.benchmark, work, repeats, rates, peak_bytes)
     _print(
         head | {"workload": work.name, "repeat": args.repeat},
@@ -198,7 +198,7 @@ def _run_timed(args: argparse.Namespace, head: dict[str, object], path: Path, co
 
 
 def _run_step(args: argparse.Namespace, head: dict[str, object], path: Path, config: EngineConfig) -> None:
-    from gemel.bench import machine, report, step
+    from gemel.bench import apart, machine, report, step
     from gemel.bench.subject import Subject
     from gemel.llm.engine import TextEngine
     from gemel.tokenizer.tokenizer import Tokenizer
@@ -211,7 +211,7 @@ def _run_step(args: argparse.Namespace, head: dict[str, object], path: Path, con
     profiles = [step.profile(text, cost, batch, args.context, args.steps, args.sampling) for batch in args.batch]
     lines = []
     for profile in profiles:
-        lines += [step.summary(profile), report.aligned(step.table(profile, read)), ""]
+        lines += [step.summary(profile), report.aligned(apart.table(profile.step, read)), ""]
     if args.profile and not profiles[0].native:
         lines.append(step.operators(text, cost, args.batch[-1], args.context))
     head = head | {"sampling": args.sampling}

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from gemel.bench import timeline
+from gemel.bench.apart import table, together, watch
 from gemel.bench.measure import measure
-from gemel.bench.report import Figure, join
+from gemel.bench.report import Figure, aligned, join
 from gemel.bench.roofline import Rates
 from gemel.bench.simulate import simulate
 from gemel.bench.subject import Subject
 from gemel.bench.workload import Job, Workload
+from gemel.engine.engine import Engine
 
 _WARM_UP_JOBS = 8
 _WARM_UP_TOKENS = 4
@@ -72,10 +74,25 @@ def compare(
     return join(repeats, planned(subject, benchmark, workload, rates)) | {"peak_memory_bytes": peak}
 
 
-def profile(subject: Subject, benchmark: str, workload: Workload) -> str:
-    """One more run under torch's profiler: the operators that most of the time goes to, as a table."""
-    with torch.profiler.profile() as profiled:
-        for run in runs(benchmark, workload, 0):
-            measure(subject.engine, run.jobs, salt="profile")
-    table: str = profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=40)
-    return table
+def profile(subject: Subject, benchmark: str, workload: Workload, rates: Rates) -> str:
+    """Where the time of one more run goes, for people: parts of its steps, beside their plan, or torch's operators where torch computes."""
+    engine = subject.engine
+    if engine.runner.program is None:
+        with torch.profiler.profile() as profiled:
+            _run_all(engine, benchmark, workload)
+        operators: str = profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=40)
+        return operators
+    with watch(engine, subject.cost(rates)) as steps:
+        _run_all(engine, benchmark, workload)
+    reading = [step for plan, step in steps if any(item.num_new > 1 for item in plan.work)]
+    writing = [step for plan, step in steps if plan.work and all(item.num_new == 1 for item in plan.work)]
+    lines = []
+    for what, some in (("steps that read prompts", reading), ("steps that write only", writing)):
+        if some:
+            lines += [f"{len(some)} {what}:", aligned(table(together(some, sum), rates.read_bytes_per_s)), ""]
+    return "\n".join(lines)
+
+
+def _run_all(engine: Engine, benchmark: str, workload: Workload) -> None:
+    for run in runs(benchmark, workload, 0):
+        measure(engine, run.jobs, salt="profile")

@@ -70,6 +70,19 @@ def linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Ten
     return F.linear(x_TD, weight_ED, bias_E)
 
 
+def product(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, *, add: bool = False) -> Tensor:
+    """The product a b in the type of its factors, written to `out_MN`, or added to it, which may be fp32 where they are not.
+
+    Without gradients: the part of `linear` for those who write their own. Either factor may be a transposed view.
+    """
+    if products_are_native(a_MK.dtype) and (kernels := fit(a_MK, b_KN)):
+        return kernels.gemm(a_MK, b_KN, out_MN, add=add)
+    if out_MN.dtype == a_MK.dtype and not add:
+        return torch.mm(a_MK, b_KN, out=out_MN)
+    result_MN = a_MK @ b_KN
+    return out_MN.add_(result_MN) if add else out_MN.copy_(result_MN)
+
+
 @functools.cache
 def products_are_native(dtype: torch.dtype) -> bool:
     """Whether native products of this type are faster than torch's. A matter of the processor alone: a resumed run must decide alike.

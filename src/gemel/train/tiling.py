@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from gemel.config.compute import TileOutputs, TileTokens, Tiling, Untiled
 from gemel.model.leaves.linear import Linear, replace
 from gemel.model.model import Model
+from gemel.ops.train import product
 
 
 def apply(config: Tiling, model: Model) -> None:
@@ -72,7 +73,7 @@ class _Product(torch.autograd.Function):
         out_TE = x_TD.new_empty(len(x_TD), len(weight_ED))
         with torch.autocast(x_TD.device.type, enabled=False):
             for rows in _rows(len(weight_ED), num_tiles):
-                torch.mm(x_TD, weight_ED[rows].to(x_TD.dtype).t(), out=out_TE[:, rows])
+                product(x_TD, weight_ED[rows].to(x_TD.dtype).t(), out_TE[:, rows])
         return out_TE if bias_E is None else out_TE.add_(bias_E)
 
     @staticmethod
@@ -84,9 +85,9 @@ class _Product(torch.autograd.Function):
         for rows in _rows(len(weight_ED), ctx.num_tiles):
             part_TE = grad_TE[:, rows]
             if grad_TD is not None:
-                grad_TD += part_TE @ weight_ED[rows].to(x_TD.dtype)
+                product(part_TE, weight_ED[rows].to(x_TD.dtype), grad_TD, add=True)
             if grad_ED is not None:
-                grad_ED[rows] = part_TE.t() @ x_TD
+                product(part_TE.t(), x_TD, grad_ED[rows])
         grad_E = grad_TE.sum(0, dtype=torch.promote_types(grad_TE.dtype, torch.float32)).to(ctx.bias_dtype) if for_bias else None
         return None if grad_TD is None else grad_TD.to(x_TD.dtype), grad_ED, grad_E, None
 
