@@ -106,6 +106,18 @@ def test_linear(sizes: tuple[int, int, int], bias: bool, dtype: torch.dtype) -> 
     assert_right(train.linear, torch.nn.functional.linear, inputs, dtype)
 
 
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("add", [False, True])
+def test_product(native: bool, add: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of transposed views, into a part of something wider."""
+    monkeypatch.setattr(train, "products_are_native", lambda _: native)
+    a, b, whole = randn(67, 31).to(dtype), randn(67, 45, seed=1).to(dtype), randn(31, 100, seed=2)
+    out, want = whole[:, 20:65], a.double().t() @ b.double() + (whole[:, 20:65].double() if add else 0)
+    assert train.product(a.t(), b, out, add=add) is out
+    assert_close(out, want, ROWS[dtype])
+    assert_close(whole[:, 65:], randn(31, 100, seed=2)[:, 65:], "exact")
+
+
 @pytest.mark.parametrize(("heads", "width"), [((4, 2), 24), ((3, 3), 5), ((6, 1), 64)])
 @pytest.mark.parametrize(("window", "alibi"), [(None, False), (2, False), (37, False), (150, True), (None, True)])
 def test_packed_attention(heads: tuple[int, int], width: int, window: int | None, alibi: bool, dtype: torch.dtype) -> None:
@@ -337,9 +349,11 @@ def test_native_versions_are_chosen_where_they_fit(monkeypatch: pytest.MonkeyPat
     for unfit in (x.double(), x.half(), x.as_subclass(Marked), x[:0], x.to("meta")):
         assert not natively(lambda unfit=unfit: train.swiglu(unfit), monkeypatch)
     with torch.no_grad():
+        assert natively(normed, monkeypatch)
+    with torch.inference_mode():
         assert not natively(normed, monkeypatch)
     assert not natively(lambda: torch.compile(normed, backend="eager", fullgraph=True)(x), monkeypatch)
-    with torch.no_grad():  # there is no faster one for inference
+    with torch.inference_mode():  # there is no faster plain one
         assert natively(lambda: train.packed_attention(x[:, None], x[:, None], x[:, None], (0, 5)), monkeypatch)
 
 

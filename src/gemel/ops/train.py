@@ -1,9 +1,9 @@
 """The operations of training: each picks, call by call, the fastest version that can do it.
 
 There are native ones for CPUs (`cpu.autograd`) and ones in Triton for GPUs (`triton`), with forward and backward passes of their own. They
-are used where gradients are wanted and the tensors fit; the plain ones, which are the truth, everywhere else: for inference, on other
-devices, for other types, for tensors that are not plain ones (sharded over devices, say), and under a compiler, which makes kernels of its
-own out of plain ones.
+are used where the tensors fit, for validation as for steps; the plain ones, which are the truth, everywhere else: in inference mode, on
+other devices, for other types, for tensors that are not plain ones (sharded over devices, say), and under a compiler, which makes kernels
+of its own out of plain ones.
 
 T tokens, D model width, E output width, N query heads, K key/value heads, M heads of any kind, H head width, F feed-forward width.
 """
@@ -26,7 +26,7 @@ from gemel.ops.cpu.autograd import fit
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Root mean square norm over the last axis, see `norm.rms_norm`."""
-    fits = torch.is_grad_enabled() and x.dim() in (2, 3) and weight_D.shape == x.shape[-1:]
+    fits = _trains() and x.dim() in (2, 3) and weight_D.shape == x.shape[-1:]
     if fits and triton.takes(x) and triton.takes(weight_D):
         return triton.rms_norm(x, weight_D, eps)
     if not (fits and fit(x) and fit(weight_D)):
@@ -37,7 +37,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def rope(x_TMH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
     """Heads rotated by their positions' angles, which get no gradient, see `rotary.rope`."""
-    fits = torch.is_grad_enabled() and x_TMH.dim() == 3 and not x_TMH.shape[-1] % 2
+    fits = _trains() and x_TMH.dim() == 3 and not x_TMH.shape[-1] % 2
     fits = (
         fits and cos_T1H.shape == sin_T1H.shape == (len(x_TMH), 1, x_TMH.shape[-1]) and not (cos_T1H.requires_grad or sin_T1H.requires_grad)
     )
@@ -51,7 +51,7 @@ def rope(x_TMH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
 
 def swiglu(gate_up_T2F: Tensor) -> Tensor:
     """silu(gate) * up, see `activation.swiglu`."""
-    fits = torch.is_grad_enabled() and gate_up_T2F.dim() == 2
+    fits = _trains() and gate_up_T2F.dim() == 2
     if fits and triton.takes(gate_up_T2F):
         return triton.swiglu(gate_up_T2F)
     if not (fits and fit(gate_up_T2F)):
@@ -62,7 +62,7 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
 
 def linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
     """The product x W^T + b. The native one is used for types in which it is faster than torch's, see `products_are_native`."""
-    if torch.is_grad_enabled() and x_TD.dim() == 2 and not torch.compiler.is_compiling():
+    if _trains() and x_TD.dim() == 2:
         cast_TD, cast_ED = _cast(x_TD, weight_ED)
         if products_are_native(cast_TD.dtype) and fit(cast_TD, cast_ED):
             y_TE: Tensor = autograd.Linear.apply(cast_TD, cast_ED)  # type: ignore[no-untyped-call]
@@ -150,6 +150,11 @@ def head_cross_entropy(
         hidden_TD, weight_VD, targets_T.int().contiguous(), weights_T.float().contiguous(), z_loss, label_smoothing, differentiate
     )
     return loss, z
+
+
+def _trains() -> bool:
+    """Whether this may be a step or a validation: not inference mode, and not what a compiler looks at, which cannot ask about it."""
+    return not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
 
 
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
