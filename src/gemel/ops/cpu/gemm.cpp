@@ -15,7 +15,7 @@ constexpr int kRunBytes = 256 << 10;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Eight by eight numbers of 32 bits: column i of `from` becomes row i of `to`.
+// Eight by eight numbers of 32 bits: column i of `from` becomes row i of `to`. Rows are written in order, so they may overlap.
 #if GEMEL_AVX512 || GEMEL_AVX2
 inline void turn(__m256 (&v)[8], float* to, int64_t ld) {
     __m256 a[8], b[8];
@@ -29,10 +29,8 @@ inline void turn(__m256 (&v)[8], float* to, int64_t ld) {
         b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
         b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
     }
-    for (int i = 0; i < 4; i++) {
-        _mm256_storeu_ps(to + i * ld, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
-        _mm256_storeu_ps(to + (i + 4) * ld, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
-    }
+    for (int i = 0; i < 4; i++) _mm256_storeu_ps(to + i * ld, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
+    for (int i = 0; i < 4; i++) _mm256_storeu_ps(to + (i + 4) * ld, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
 }
 inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
 inline __m256 load8(const bf16* p) {
@@ -59,6 +57,18 @@ void turn_all(const T* from, int64_t ld, int k, int count, float* to, int64_t ld
         for (; i < k; i++) {
             for (int r = 0; r < 8; r++) move(from + (j + r) * ld + i, to + i * ld_to + j + r);
         }
+    }
+    if (j == 0 && count == ld_to) {  // a tile: what is written behind a line is overwritten by the next ones
+        int i = 0;
+        for (; (i + 8) * ld_to + 8 <= k * ld_to; i += 8) {
+            __m256 v[8];
+            for (int r = 0; r < 8; r++) v[r] = r < count ? load8(from + r * ld + i) : _mm256_setzero_ps();
+            turn(v, to + i * ld_to, ld_to);
+        }
+        for (; i < k; i++) {
+            for (int r = 0; r < count; r++) move(from + r * ld + i, to + i * ld_to + r);
+        }
+        return;
     }
 #endif
     for (; j < count; j++) {
@@ -122,26 +132,27 @@ class Product {
     // Rows from `row` on times panels [begin, end) of the sweep that starts at panel `first`.
     void piece(int row, int first, int begin, int end, int me, int& packed_row) const {
         const int rows = std::min(kBlockRows, m_ - row);
-        const int64_t ld = spread(part_), block_size = ld * kBlockRows, num_sums = int64_t{at_once_} * kBlockRows * NR;
+        const int64_t block_size = int64_t{padded<P>(part_)} * kBlockRows, num_sums = int64_t{at_once_} * kBlockRows * NR;
         P* const block = shop_.own[static_cast<size_t>(me)].take<P>(block_size + num_sums * sizeof(float) / sizeof(P));
         float* const sums = reinterpret_cast<float*>(block + block_size);
         for (int p = begin; p < end; p += at_once_) {
             const int panels = std::min(at_once_, end - p);
             for (int from = 0; from < k_; from += part_) {
                 const int count = std::min(part_, k_ - from);
-                if (packed_row != row) pack_block(row, rows, from, count, block, ld);
+                if (packed_row != row) pack_block(row, rows, from, count, block);
                 packed_row = count == k_ ? row : -1;
-                multiply(block, ld, rows, packed_ + p * panel_size_ + int64_t{from} * NR, panel_size_, panels, padded<P>(count), sums, from > 0);
+                const P* const panel = packed_ + p * panel_size_ + int64_t{from} * NR;
+                multiply(block, padded<P>(count), rows, panel, panel_size_, panels, padded<P>(count), sums, from > 0);
             }
             for (int i = 0; i < panels; i++) finish(row, rows, (first + p + i) * NR, sums + i * kBlockRows * NR);
         }
     }
 
-    void pack_block(int row, int rows, int from, int count, P* block, int64_t ld) const {
+    void pack_block(int row, int rows, int from, int count, P* block) const {
         if (a_turned_) {
-            turn_rows(a_ + from * lda_ + row, lda_, rows, count, block, ld);
+            turn_rows(a_ + from * lda_ + row, lda_, rows, count, block);
         } else {
-            pack_rows(a_ + row * lda_ + from, lda_, rows, count, block, ld);
+            pack_rows(a_ + row * lda_ + from, lda_, rows, count, block);
         }
     }
 
@@ -174,7 +185,16 @@ class Product {
 
 void pack_lines(const bf16* from, int64_t ld, int k, int count, int width, bf16* to) {
     for (int i = 0; i < k; i += 2, from += 2 * ld, to += 2 * width) {
-        for (int j = 0; j < count; j++) {
+        int j = 0;
+#if GEMEL_AVX512 || GEMEL_AVX2
+        for (; i + 1 < k && j + 8 <= count; j += 8) {
+            const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j));
+            const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + ld + j));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * j), _mm_unpacklo_epi16(first, second));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * j + 8), _mm_unpackhi_epi16(first, second));
+        }
+#endif
+        for (; j < count; j++) {
             to[2 * j] = from[j];
             to[2 * j + 1] = i + 1 < k ? from[ld + j] : bf16{0};
         }
@@ -201,30 +221,6 @@ void pack_turned(const bf16* from, int64_t ld, int k, int count, int width, bf16
     for (int j = 0; j < width; j++) {
         last[2 * j] = j < count ? from[j * ld + k - 1] : bf16{0};
         last[2 * j + 1] = 0;
-    }
-}
-
-void pack_rows(const bf16* from, int64_t ld, int rows, int k, bf16* to, int64_t ld_to) {
-    for (int r = 0; r < rows; r++, from += ld, to += ld_to) {
-        std::memcpy(to, from, sizeof(bf16) * static_cast<size_t>(k));
-        if (k % 2) to[k] = 0;
-    }
-}
-
-void turn_rows(const float* from, int64_t ld, int rows, int k, float* to, int64_t ld_to) { turn_all(from, ld, rows, k, to, ld_to); }
-void turn_rows(const bf16* from, int64_t ld, int rows, int k, float* to, int64_t ld_to) { turn_all(from, ld, rows, k, to, ld_to); }
-
-void turn_rows(const bf16* from, int64_t ld, int rows, int k, bf16* to, int64_t ld_to) {
-    constexpr int kLines = 16;  // pairs of which are turned at a time, as numbers of 32 bits
-    bf16 pairs[kLines * kBlockRows];
-    for (int row = 0; row < rows; row += kBlockRows) {
-        const int count = std::min(kBlockRows, rows - row);
-        for (int i = 0; i < k; i += kLines) {
-            const int lines = std::min(kLines, k - i);
-            pack_lines(from + i * ld + row, ld, lines, count, count, pairs);
-            turn_all(reinterpret_cast<const float*>(pairs), count, count, (lines + 1) / 2, reinterpret_cast<float*>(to + row * ld_to + i),
-                     ld_to / 2);
-        }
     }
 }
 

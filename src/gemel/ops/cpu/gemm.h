@@ -67,7 +67,11 @@ inline int64_t spread(int k) { return ((k + 63) / 64 | 1) * 64; }
 // From memory in which a line's numbers are contiguous: at from[i * ld + j].
 template <class T>
 void pack_lines(const T* from, int64_t ld, int k, int count, int width, float* to) {
-    for (int i = 0; i < k; i++, from += ld, to += width) {
+    int i = 0;
+    if (count < W && count == width && ld >= count) {  // a tile: what is written behind a line is overwritten by the next ones
+        for (; (k - 1 - i) * ld + count >= W && (k - i) * width >= W; i++, from += ld, to += width) store(to, load_as_f32(from));
+    }
+    for (; i < k; i++, from += ld, to += width) {
         int j = 0;
         for (; j + W <= count; j += W) store(to + j, load_as_f32(from + j));
         for (; j < count; j++) to[j] = as_f32(from[j]);
@@ -81,43 +85,68 @@ void pack_turned(const float* from, int64_t ld, int k, int count, int width, flo
 void pack_turned(const bf16* from, int64_t ld, int k, int count, int width, float* to);
 void pack_turned(const bf16* from, int64_t ld, int k, int count, int width, bf16* to);
 
-// Into rows: number i of row r at to[r * ld_to + i], bf16 with a zero behind an odd number of them.
+// The left factor, into tiles: those that `in_tiles` makes of the rows, one after the other, each packed as a panel of as many columns as it has
+// rows. A row takes k numbers, the tile that begins with row r begins at to + r * k; k is as packed.
 
 // From memory in which a row's numbers are contiguous: at from[r * ld + i].
-template <class T>
-void pack_rows(const T* from, int64_t ld, int rows, int k, float* to, int64_t ld_to) {
-    for (int r = 0; r < rows; r++) pack_lines(from + r * ld, 0, 1, k, k, to + r * ld_to);
+template <class T, class P>
+void pack_rows(const T* from, int64_t ld, int rows, int k, P* to) {
+    in_tiles<kRows>(rows, [&](auto n, int r) { pack_turned(from + r * ld, ld, k, n, n, to + int64_t{r} * padded<P>(k)); });
 }
-void pack_rows(const bf16* from, int64_t ld, int rows, int k, bf16* to, int64_t ld_to);
 
-// From memory in which a number's rows are contiguous: at from[i * ld + r].
-void turn_rows(const float* from, int64_t ld, int rows, int k, float* to, int64_t ld_to);
-void turn_rows(const bf16* from, int64_t ld, int rows, int k, float* to, int64_t ld_to);
-void turn_rows(const bf16* from, int64_t ld, int rows, int k, bf16* to, int64_t ld_to);
+// From memory in which a number's rows are contiguous: at from[i * ld + r]. A tile takes `row` numbers of a row, or k.
+template <class T, class P>
+void turn_rows(const T* from, int64_t ld, int rows, int k, P* to, int64_t row = 0) {
+    in_tiles<kRows>(rows, [&](auto n, int r) { pack_lines(from + r, ld, k, n, n, to + r * (row ? row : padded<P>(k))); });
+}
 
 // --- multiplying --------------------------------------------------------------------------------------------------------------------
 
+// c [R][NR] (+)= a tile of rows times a panel.
 template <int R>
-inline void tile(const float* a, int64_t lda, const float* w, int k, float* c, bool add) {
-    tile_f32<R>(a, lda, w, NR, k, c, NR, add);
+inline void tile(const float* a, const float* w, int k, float* c, bool add) {
+    tile_known<R, 1, R>(a, w, k, c, NR, add);
 }
 #if GEMEL_AVX512
 template <int R>
-inline void tile(const bf16* a, int64_t lda, const bf16* w, int k, float* c, bool add) {
-    tile_bf16<R>(a, lda, w, 2 * NR, k, c, NR, add);
+[[gnu::noinline]] void tile(const bf16* a, const bf16* w, int k, float* c, bool add) {
+    f32 left[R], right[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+        left[r] = add ? load(c + r * NR) : zero();
+        right[r] = add ? load(c + r * NR + W) : zero();
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < k; i += 2, a += 2 * R, w += 2 * NR) {
+        const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w), w1 = (__m512bh)_mm512_loadu_si512(w + 2 * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            int32_t pair;
+            std::memcpy(&pair, a + 2 * r, 4);
+            const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+            left[r] = _mm512_dpbf16_ps(left[r], w0, x);
+            right[r] = _mm512_dpbf16_ps(right[r], w1, x);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+        store(c + r * NR, left[r]);
+        store(c + r * NR + W, right[r]);
+    }
 }
 #endif
 
-// sums [panels][kBlockRows][NR] (+)= rows [rows][ld] times panels, of which number p begins at panels + p * panel_size. k is as packed.
+// sums [panels][kBlockRows][NR] (+)= a block of rows in tiles, in which a row takes `row` numbers, times panels, of which number p begins at
+// panels + p * panel_size. k is as packed.
 template <class P>
-void multiply(const P* block, int64_t ld, int rows, const P* panels, int64_t panel_size, int num_panels, int k, float* sums, bool add) {
+void multiply(const P* block, int64_t row, int rows, const P* panels, int64_t panel_size, int num_panels, int k, float* sums, bool add) {
     constexpr int kStretch = kPanelBytes / static_cast<int>(sizeof(P)) / NR;
     for (int from = 0; from < k; from += kStretch) {
         const int count = k - from < kStretch ? k - from : kStretch;
         for (int p = 0; p < num_panels; p++) {
             const P* w = panels + p * panel_size + static_cast<int64_t>(from) * NR;
             float* c = sums + static_cast<int64_t>(p) * kBlockRows * NR;
-            in_tiles<kRows>(rows, [&](auto n, int r) { tile<n>(block + r * ld + from, ld, w, count, c + r * NR, add || from); });
+            in_tiles<kRows>(rows, [&](auto n, int r) { tile<n>(block + r * row + from * n, w, count, c + r * NR, add || from); });
         }
     }
 }

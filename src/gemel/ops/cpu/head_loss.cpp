@@ -52,7 +52,7 @@ class HeadLoss {
         target_logit_ = std::vector<float>(static_cast<size_t>(most_));
         if (differentiate) {
             scores_ = shop_.shared[2].take<T>(int64_t{job_.vocab} * most_);
-            const int64_t panels = columns_ * panel_size(), rows = most_ * chunk_ld(), blocks = divide_up(most_, kBlockRows);
+            const int64_t panels = columns_ * panel_size(), rows = most_ * chunk_rows(), blocks = divide_up(most_, kBlockRows);
             panels_ = shop_.shared[3].take<P>(panels + rows + blocks * columns_ * kBlockRows * NR * sizeof(float) / sizeof(P));
             slopes_ = panels_ + panels;
             sums_ = reinterpret_cast<float*>(slopes_ + rows);
@@ -100,7 +100,7 @@ class HeadLoss {
 
     int token_panels() const { return divide_up(count_, NR); }
     int rows_of(int block) const { return std::min(kBlockRows, job_.vocab - block * kBlockRows); }
-    static int64_t chunk_ld() { return spread(kChunkBlocks * kBlockRows); }
+    static constexpr int64_t chunk_rows() { return kChunkBlocks * kBlockRows; }
     static int64_t panel_size() { return int64_t{kChunkBlocks} * kBlockRows * NR; }
     const T* weight_row(int row) const { return weight_ + row * job_.ld_weight; }
     Moments& moments(int block, int token) const { return moments_[(int64_t{block} * most_ + token) / W]; }
@@ -122,14 +122,14 @@ class HeadLoss {
 
     void score(int block, bool keep, int me) {
         const int rows = rows_of(block), row = block * kBlockRows;
-        const int64_t ld = spread(width_);
-        P* const left = shop_.own[static_cast<size_t>(me)].take<P>(ld * kBlockRows + kBlockSums * sizeof(float) / sizeof(P));
-        float* const sums = reinterpret_cast<float*>(left + ld * kBlockRows);
-        pack_rows(weight_row(row), job_.ld_weight, rows, width_, left, ld);
+        const int64_t left_size = int64_t{padded<P>(width_)} * kBlockRows;
+        P* const left = shop_.own[static_cast<size_t>(me)].take<P>(left_size + kBlockSums * sizeof(float) / sizeof(P));
+        float* const sums = reinterpret_cast<float*>(left + left_size);
+        pack_rows(weight_row(row), job_.ld_weight, rows, width_, left);
         const int64_t size = int64_t{padded<P>(width_)} * NR;
         for (int panel = 0; panel < token_panels(); panel += kBlockPanels) {
             const int panels = std::min(kBlockPanels, token_panels() - panel);
-            multiply(left, ld, rows, turned_ + panel * size, size, panels, padded<P>(width_), sums, false);
+            multiply(left, padded<P>(width_), rows, turned_ + panel * size, size, panels, padded<P>(width_), sums, false);
             for (int p = 0; p < panels; p++) {
                 for (int half = 0; half < NR; half += W) {
                     soften(block, rows, (panel + p) * NR + half, sums + p * kBlockRows * NR + half, keep);
@@ -213,26 +213,37 @@ class HeadLoss {
     // Gradients of a block's logits: into the weight's gradient, and, turned, into the rows that `add_hidden` multiplies.
     void slopes(int begin, int block, int me) {
         const int rows = rows_of(block);
-        const int64_t ld = spread(most_), narrow = std::is_same_v<P, float> ? 0 : ld * kBlockRows;
-        float* const slope = shop_.own[static_cast<size_t>(me)].take<float>(ld * kBlockRows + kBlockSums + narrow);
+        const int64_t ld = spread(most_), left_size = int64_t{padded<P>(most_)} * kBlockRows;
+        const int64_t narrow = std::is_same_v<P, float> ? 0 : ld * kBlockRows;
+        float* const slope = shop_.own[static_cast<size_t>(me)].take<float>(ld * kBlockRows + kBlockSums + narrow + left_size);
         float* const sums = slope + ld * kBlockRows;
         fill(block, rows, slope, ld);
-        const P* left = reinterpret_cast<const P*>(slope);
+        const P* from = reinterpret_cast<const P*>(slope);
         if constexpr (!std::is_same_v<P, float>) {
             P* const rounded = reinterpret_cast<P*>(sums + kBlockSums);
             for (int r = 0; r < rows; r++) {
                 for (int token = 0; token < padded<P>(count_); token += W) store_as(rounded + r * ld + token, load(slope + r * ld + token));
-                if (count_ % 2) rounded[r * ld + count_] = 0;
             }
-            left = rounded;
+            from = rounded;
         }
-        if (job_.d_hidden) turn_rows(left, ld, count_, rows, slopes_ + (block - begin) * kBlockRows, chunk_ld());
+        if (job_.d_hidden) turn(from, ld, rows, (block - begin) * kBlockRows);
         if (!job_.d_weight) return;
+        P* const left = reinterpret_cast<P*>(sums + kBlockSums + narrow);
+        pack_rows(from, ld, rows, count_, left);
         const int64_t size = int64_t{padded<P>(count_)} * NR;
         for (int panel = 0; panel < columns_; panel += kBlockPanels) {
             const int panels = std::min(kBlockPanels, columns_ - panel);
-            multiply(left, ld, rows, lines_ + panel * size, size, panels, padded<P>(count_), sums, false);
+            multiply(left, padded<P>(count_), rows, lines_ + panel * size, size, panels, padded<P>(count_), sums, false);
             for (int p = 0; p < panels; p++) add_weight(block, rows, (panel + p) * NR, sums + p * kBlockRows * NR);
+        }
+    }
+
+    // Numbers of all tokens, [rows][ld], to where `add_hidden` has those of rows from `row` of the chunk on.
+    void turn(const P* from, int64_t ld, int rows, int row) {
+        for (int token = 0; token < count_; token += kBlockRows) {
+            in_tiles<kRows>(std::min(kBlockRows, count_ - token), [&](auto n, int t) {
+                pack_lines(from + token + t, ld, rows, n, n, slopes_ + (token + t) * chunk_rows() + int64_t{row} * n);
+            });
         }
     }
 
@@ -259,7 +270,7 @@ class HeadLoss {
     void add_hidden(int begin, int end, int token, int column, int me) {
         const int rows = std::min(end * kBlockRows, job_.vocab) - begin * kBlockRows, panels = std::min(kBlockPanels, columns_ - column);
         float *const to = hidden_sums(token, column), *const sums = begin ? shop_.own[static_cast<size_t>(me)].take<float>(kBlockSums) : to;
-        multiply(slopes_ + token * chunk_ld(), chunk_ld(), std::min(kBlockRows, count_ - token), panels_ + column * panel_size(), panel_size(),
+        multiply(slopes_ + token * chunk_rows(), chunk_rows(), std::min(kBlockRows, count_ - token), panels_ + column * panel_size(), panel_size(),
                  panels, padded<P>(rows), sums, false);
         if (!begin) return;
         for (int i = 0; i < panels * kBlockRows * NR; i += W) store(to + i, add(load(to + i), load(sums + i)));

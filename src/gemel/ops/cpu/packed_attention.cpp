@@ -33,13 +33,14 @@ int divide_up(int a, int b) { return (a + b - 1) / b; }
 // --- products -----------------------------------------------------------------------------------------------------------------------
 // `diagonal`: keys and queries are the same tokens, and no query sees a later key; then half of the work is left out.
 
-// scores [keys][kBlock] = rows of keys [keys][ld] times panels of queries [width][NR]. On the diagonal panel p has keys up to its last query.
+// scores [keys][kBlock] = keys in tiles times panels of queries [width][NR]. On the diagonal panel p has keys up to its last query.
 int keys_of(int panel, int keys, bool diagonal) { return diagonal ? std::min(keys, (panel + 1) * NR) : keys; }
 
-void score(const float* rows, int64_t ld, int keys, const float* panels, int queries, int width, bool diagonal, float* scores) {
+void score(const float* tiles, int keys, const float* panels, int queries, int width, bool diagonal, float* scores) {
     for (int p = 0; p * NR < queries; p++, panels += width * NR) {
-        in_tiles<kRows>(keys_of(p, keys, diagonal), [&](auto n, int r) {
-            tile_f32<n>(rows + r * ld, ld, panels, NR, width, scores + r * kBlock + p * NR, kBlock, false);
+        in_tiles<kRows>(keys, [&](auto n, int r) {
+            if (r >= keys_of(p, keys, diagonal)) return;
+            tile_known<n, 1, n>(tiles + r * width, panels, width, scores + r * kBlock + p * NR, kBlock, false);
         });
     }
 }
@@ -49,7 +50,7 @@ void add_to_keys(const float* scores, int keys, int queries, const float* panels
     for (int p = 0; p < num_panels; p++, panels += kBlock * NR, sums += kBlock * NR) {
         in_tiles<kRows>(keys, [&](auto n, int r) {
             const int from = diagonal ? r : 0;
-            tile_f32<n>(scores + r * kBlock + from, kBlock, panels + from * NR, NR, queries - from, sums + r * NR, NR, true);
+            tile_known<n, kBlock, 1>(scores + r * kBlock + from, panels + from * NR, queries - from, sums + r * NR, NR, true);
         });
     }
 }
@@ -59,7 +60,7 @@ void add_to_queries(const float* scores, int keys, int queries, const float* pan
     for (int p = 0; p < num_panels; p++, panels += kBlock * NR, sums += kBlock * NR) {
         in_tiles<kRows>(queries, [&](auto n, int r) {
             const int seen = diagonal ? std::min(keys, r + n) : keys;
-            tile_f32<n>(scores + r, 1, panels, NR, seen, sums + r * NR, NR, add, 0, kBlock);
+            tile_known<n, 1, kBlock>(scores + r, panels, seen, sums + r * NR, NR, add);
         });
     }
 }
@@ -135,7 +136,7 @@ class Attention {
    public:
     Attention(Workshop& shop, const gemel_packed_attention& job)
         : shop_(shop), job_(job), width_(job.width), group_(job.num_heads / job.num_kv_heads), columns_(divide_up(job.width, NR)),
-          ld_(spread(job.width)), tokens_(job.starts[job.num_documents]), sums_(columns_ * kBlock * NR), turned_(kBlock * job.width) {}
+          tokens_(job.starts[job.num_documents]), sums_(columns_ * kBlock * NR), turned_(kBlock * job.width) {}
 
     void forward() {
         // The last blocks of a document see most: first, so that no thread is left alone with one of them in the end.
@@ -189,9 +190,9 @@ class Attention {
     };
 
     void attend(int document, int kv_head, int block, int me) {
-        float* scratch = shop_.own[static_cast<size_t>(me)].take<float>(group_ * (turned_ + sums_ + 3 * kBlock) + kBlock * (ld_ + kBlock) + sums_);
+        float* scratch = shop_.own[static_cast<size_t>(me)].take<float>(group_ * (turned_ + sums_ + 3 * kBlock) + turned_ + kBlock * kBlock + sums_);
         const auto part = [&scratch](int64_t size) { return std::exchange(scratch, scratch + size); };
-        float *const keys = part(kBlock * ld_), *const values = part(sums_), *const scores = part(kBlock * kBlock);
+        float *const keys = part(turned_), *const values = part(sums_), *const scores = part(kBlock * kBlock);
         const int queries = count(document, block);
         std::vector<Seen> heads;
         for (int g = 0; g < group_; g++) {
@@ -205,12 +206,12 @@ class Attention {
         // From the diagonal backwards: there every query sees something, so that its largest score is a number from then on.
         for (int other = block, end = rule(kv_head * group_).first_keys(block); other >= end; other--) {
             const int num_keys = count(document, other);
-            pack_rows(k.at(other * kBlock), k.ld, num_keys, width_, keys, ld_);
+            pack_rows(k.at(other * kBlock), k.ld, num_keys, width_, keys);
             pack_numbers(v, other * kBlock, num_keys, width_, 1.0f, values);
             for (int g = 0; g < group_; g++) {
                 Seen& seen = heads[static_cast<size_t>(g)];
                 const bool diagonal = other == block;
-                score(keys, ld_, num_keys, seen.queries, queries, width_, diagonal, scores);
+                score(keys, num_keys, seen.queries, queries, width_, diagonal, scores);
                 soften(rule(kv_head * group_ + g), block, other, queries, num_keys, scores, seen);
                 if (!diagonal) shrink(seen, queries);
                 add_to_queries(scores, num_keys, queries, values, columns_, diagonal, seen.sums, !diagonal);
@@ -285,26 +286,26 @@ class Attention {
     void differentiate(int document, int head, int me) {
         const int blocks = num_blocks(document), kv_head = head / group_;
         float* scratch = shop_.own[static_cast<size_t>(me)].take<float>(blocks * (2 * turned_ + 3 * sums_ + 2 * kBlock) +
-                                                                        2 * kBlock * (ld_ + kBlock) + 3 * sums_);
+                                                                        2 * (turned_ + kBlock * kBlock) + 3 * sums_);
         const auto part = [&scratch](int64_t size) { return std::exchange(scratch, scratch + size); };
         const Head of{part(blocks * turned_), part(blocks * turned_), part(blocks * sums_), part(blocks * sums_),
                       part(blocks * sums_),   part(blocks * kBlock),  part(blocks * kBlock)};
         prepare(document, head, of);
-        float *const key_rows = part(kBlock * ld_), *const value_rows = part(kBlock * ld_), *const key_lines = part(sums_);
+        float *const key_tiles = part(turned_), *const value_tiles = part(turned_), *const key_lines = part(sums_);
         float *const d_keys = part(sums_), *const d_values = part(sums_);
         float *const weights = part(kBlock * kBlock), *const slopes = part(kBlock * kBlock);
         const Rows<T> k = rows(job_.k, job_.ld_k, document, kv_head), v = rows(job_.v, job_.ld_v, document, kv_head);
         for (int other = 0; other < blocks; other++) {
             const int keys = count(document, other);
-            pack_rows(k.at(other * kBlock), k.ld, keys, width_, key_rows, ld_);
-            pack_rows(v.at(other * kBlock), v.ld, keys, width_, value_rows, ld_);
+            pack_rows(k.at(other * kBlock), k.ld, keys, width_, key_tiles);
+            pack_rows(v.at(other * kBlock), v.ld, keys, width_, value_tiles);
             pack_numbers(k, other * kBlock, keys, width_, 1.0f, key_lines);
             std::fill_n(d_keys, 2 * sums_, 0.0f);
             for (int block = other, last = rule(head).last_queries(other, blocks); block <= last; block++) {
                 const int queries = count(document, block);
                 const bool diagonal = block == other;
-                score(key_rows, ld_, keys, of.queries + block * turned_, queries, width_, diagonal, weights);
-                score(value_rows, ld_, keys, of.d_outs + block * turned_, queries, width_, diagonal, slopes);
+                score(key_tiles, keys, of.queries + block * turned_, queries, width_, diagonal, weights);
+                score(value_tiles, keys, of.d_outs + block * turned_, queries, width_, diagonal, slopes);
                 slope(rule(head), block, other, queries, keys, of, weights, slopes);
                 add_to_keys(weights, keys, queries, of.out_lines + block * sums_, columns_, diagonal, d_values);
                 add_to_keys(slopes, keys, queries, of.query_lines + block * sums_, columns_, diagonal, d_keys);
@@ -413,7 +414,6 @@ class Attention {
     Workshop& shop_;
     const gemel_packed_attention& job_;
     const int width_, group_, columns_;  // columns: of the width, in NR
-    const int64_t ld_;                   // of rows of keys and values
     const int tokens_;
     const int64_t sums_, turned_;  // numbers of one block: [columns][kBlock][NR], [kPanels][width][NR]
     float* shares_ = nullptr;

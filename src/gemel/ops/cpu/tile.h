@@ -39,6 +39,7 @@ template <int R, int P = 1>
             right[r][p] = add ? load(c + r * ldc + p * NR + W) : zero();
         }
     }
+#pragma GCC unroll 2
     for (int i = 0; i < k; i++, w += ldw) {
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) {
@@ -61,7 +62,38 @@ template <int R, int P = 1>
     }
 }
 
-// The same with w in pairs along k: the pair (k, k+1) of column j lies at w + (k/2) * ldw + 2 j. k is even.
+// The same where it is known to the compiler how far numbers are apart: number i of row r is a[r * Row + i * Along], w is packed. Finding them
+// then takes no registers and no instructions, and four steps along k can be one of the loop's. (+ 20% on a Zen 3 whose cores are shared.)
+template <int R, int Row, int Along>
+[[gnu::noinline]] void tile_known(const float* a, const float* w, int k, float* c, int64_t ldc, bool add) {
+    f32 left[R], right[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+        left[r] = add ? load(c + r * ldc) : zero();
+        right[r] = add ? load(c + r * ldc + W) : zero();
+    }
+    for (int step; k > 0; k -= step, a += step * Along, w += step * NR) {
+        step = k >= 4 ? 4 : 1;
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            if (i && step == 1) break;
+            const f32 w0 = load(w + i * NR), w1 = load(w + i * NR + W);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                const f32 x = set1(a[r * Row + i * Along]);
+                accumulate(left[r], x, w0);
+                accumulate(right[r], x, w1);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+        store(c + r * ldc, left[r]);
+        store(c + r * ldc + W, right[r]);
+    }
+}
+
+// The same as `tile_f32` with w in pairs along k: the pair (k, k+1) of column j lies at w + (k/2) * ldw + 2 j. k is even.
 template <int R, int P = 1>
 [[gnu::noinline]] void tile_bf16(const bf16_act* a, int64_t lda, const bf16* w, int64_t ldw, int k, float* c, int64_t ldc, bool add,
                       int64_t next = 0) {
