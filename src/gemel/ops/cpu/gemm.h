@@ -94,10 +94,10 @@ void pack_rows(const T* from, int64_t ld, int rows, int k, P* to) {
     in_tiles<kRows>(rows, [&](auto n, int r) { pack_turned(from + r * ld, ld, k, n, n, to + int64_t{r} * padded<P>(k)); });
 }
 
-// From memory in which a number's rows are contiguous: at from[i * ld + r]. A tile takes `row` numbers of a row, or k.
+// From memory in which a number's rows are contiguous: at from[i * ld + r].
 template <class T, class P>
-void turn_rows(const T* from, int64_t ld, int rows, int k, P* to, int64_t row = 0) {
-    in_tiles<kRows>(rows, [&](auto n, int r) { pack_lines(from + r, ld, k, n, n, to + r * (row ? row : padded<P>(k))); });
+void turn_rows(const T* from, int64_t ld, int rows, int k, P* to) {
+    in_tiles<kRows>(rows, [&](auto n, int r) { pack_lines(from + r, ld, k, n, n, to + int64_t{r} * padded<P>(k)); });
 }
 
 // --- multiplying --------------------------------------------------------------------------------------------------------------------

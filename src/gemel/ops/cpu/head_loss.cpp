@@ -242,7 +242,7 @@ class HeadLoss {
     void turn(const P* from, int64_t ld, int rows, int row) {
         for (int token = 0; token < count_; token += kBlockRows) {
             in_tiles<kRows>(std::min(kBlockRows, count_ - token), [&](auto n, int t) {
-                pack_lines(from + token + t, ld, rows, n, n, slopes_ + (token + t) * chunk_rows() + int64_t{row} * n);
+                pack_lines(from + token + t, ld, rows, n, n, slopes_ + (token + t) * chunk_rows() + row * n);
             });
         }
     }

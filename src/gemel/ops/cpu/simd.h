@@ -28,6 +28,11 @@ inline __m512 gemel_cvtepi32_ps(__m512i v) {
     const __m256 high = _mm256_cvtepi32_ps(_mm512_extracti64x4_epi64(v, 1));
     return _mm512_castpd_ps(_mm512_insertf64x4(_mm512_castps_pd(low), _mm256_castps_pd(high), 1));
 }
+inline __m512i gemel_cvtepu16_epi32(__m256i v) {
+    const __m512i low = _mm512_castsi256_si512(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(v)));
+    return _mm512_inserti64x4(low, _mm256_cvtepu16_epi32(_mm256_extracti128_si256(v, 1)), 1);
+}
+#define _mm512_cvtepu16_epi32 gemel_cvtepu16_epi32
 #define _mm512_cvtph_ps gemel_cvtph_ps
 #define _mm512_cvtps_epi32 gemel_cvtps_epi32
 #define _mm512_cvtepi32_ps gemel_cvtepi32_ps
