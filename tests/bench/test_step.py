@@ -2,13 +2,15 @@
 
 import pytest
 
-from gemel.bench import apart, command, report, step
+from gemel.bench import apart, command, report, step, suite, workload
 from gemel.bench.roofline import PARTS, Rates, StepCost, uniform
+from gemel.bench.subject import Subject
 from gemel.config.engine import EngineConfig
 from gemel.config.errors import ConfigError
 from gemel.engine import engine as engine_module
 from gemel.engine.engine import Engine
 from gemel.llm.engine import TextEngine
+from gemel.ops.cpu import native
 from gemel.tokenizer.tokenizer import Tokenizer
 from tests import tiny
 from tests.tokenizer.shapes import byte_level_library
@@ -161,3 +163,22 @@ def test_what_has_no_room_is_refused(text, cost, asked, says):
 
 def test_operators_of_torch_steps_are_named(text, cost):
     assert "aten::" in step.operators(text, cost, batch=1, context=8)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_a_whole_run_is_taken_apart(kernels, cost):
+    """Native steps into those that read prompts and those that only write; where torch computes, its operators say more."""
+    if kernels == "native" and native.find()[0] is None:
+        pytest.skip("the kernels are not compiled")
+    engine = Engine(tiny.build(), CONFIG.model_copy(update={"kernels": kernels, "max_step_tokens": 16}))
+    work = workload.small(engine.vocab_size, engine.max_context)
+    told = suite.profile(Subject(engine, 0.0), "prefill", work, cost.rates)
+    if kernels == "torch":
+        assert "aten::" in told
+        return
+    assert "steps that read prompts:" in told and told.count("whole step") == 1  # one token each: nothing is left to write
+    told = suite.profile(Subject(engine, 0.0), "decode", work, cost.rates)
+    assert "steps that read prompts:" in told and "steps that write only:" in told and told.count("whole step") == 2
+    parts = {line.split()[0] for line in told.splitlines() if line}
+    assert parts >= {"schedule", "sample", "attention", "head"}
+    assert not engine.has_work

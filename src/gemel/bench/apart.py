@@ -173,5 +173,5 @@ def table(step: Step, read_bytes_per_s: float) -> list[tuple[str, ...]]:
         ("part", "us", "share", "planned us", "measured/planned", "GB/s", "of read"),
         *(row(name, seconds) for name, seconds in step.outside_s.items()),
         *(row(name, seconds, step.planned_s.get(name, 0.0), step.planned_bytes.get(name, 0.0)) for name, seconds in step.model_s.items()),
-        row("whole step", step.total_s, sum(step.planned_s.values()), sum(step.planned_bytes.values())),
+        row("whole step", step.total_s, step.at_best_s, sum(step.planned_bytes.values())),
     ]

@@ -87,8 +87,9 @@ def product(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, *, add: bool = False) ->
 def products_are_native(dtype: torch.dtype) -> bool:
     """Whether native products of this type are faster than torch's. A matter of the processor alone: a resumed run must decide alike.
 
-    In bf16 they are where it has no instructions for it and torch emulates them. In fp32 MKL, which torch calls, is hard to beat (it was
-    10 to 40% faster on a Zen 3), but leaves the wider half of AMD's vectors unused: 231 of 539 GFLOP/s were measured on a Zen 5.
+    In bf16 they are where it has no instructions for it and torch emulates them. In fp32 MKL, which torch calls, is hard to beat (on a
+    Zen 3 it was as fast, or up to 40% faster), but leaves the wider half of AMD's vectors unused: 231 of 539 GFLOP/s were measured on a
+    Zen 5.
     """
     if dtype == torch.bfloat16:
         return not hardware.native_bf16()

@@ -1,4 +1,4 @@
-"""The kernels of training as each instruction set has them, against float64; `tests/ops/test_train.py` tests those of this processor fully."""
+"""The kernels of training as other instruction sets have them, against float64; `tests/ops/test_train.py` tests this processor's."""
 
 from __future__ import annotations
 
