@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -133,6 +133,7 @@ def skeleton(said: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @given(said=messages())
+@example(said=[{"role": "user", "content": "INST]"}, {"role": "assistant", "content": "</sx>"}])  # small letters, and a deleted one
 @settings(max_examples=60, deadline=None)
 def test_no_message_contains_a_special_token(shape: str, said: list[dict[str, Any]]) -> None:
     ours = tokenizer(shape)

@@ -13,12 +13,13 @@ instead:
     its real characters back and is encoded with special tokens disabled, in whole stretches, so that words merge across
     the seam of template and message exactly as they do in `transformers`.
 
-How much is replaced: the stronger of two ways, unless it changes what the template says. *Dense* replaces each
-character that begins or ends a special token (`<` and `>`, say), so not even a template that cuts strings apart and
-joins them can form one. If that changes the text (the template looks for `<tool_response>`, say), *sparse* replaces
-only the first character of each special token, whole or cut off at the end of a string, and the last character of one
-cut off at the start, so neighbouring strings cannot form one together either. Roles come from a fixed list because
-templates build special tokens out of them.
+How much is replaced: the stronger of two ways, unless it changes what the template says and the weaker does not (a
+template that writes in small letters leaves a stand-in as it is, either way). *Dense* replaces each character that
+begins or ends a special token (`<` and `>`, say), so not even a template that cuts strings apart and joins them can
+form one. If that changes the text (the template looks for `<tool_response>`, say), *sparse* replaces only the first
+character of each special token, whole or cut off at the end of a string, and the last character of one cut off at the
+start, so neighbouring strings cannot form one together either. Roles come from a fixed list because templates build
+special tokens out of them.
 """
 
 from __future__ import annotations
@@ -85,17 +86,18 @@ def _say_hidden(
     stand_ins: StandIns,
     plain: tuple[list[Message], object],
 ) -> str:
-    """The rendered text, still with stand-ins: dense ones unless they change what the template says."""
+    """The rendered text, still with stand-ins: dense ones unless they change what the template says and sparse ones do not."""
     dense = hidden(True)
     if dense == plain:
         return say(*plain)
     try:
-        text = say(*dense)
-        if stand_ins.restore(text) == say(*plain):
-            return text
+        text, want = say(*dense), say(*plain)
     except RequestError:
-        pass  # the template refuses one of the two; the sparse one decides
-    return say(*hidden(False))
+        return say(*hidden(False))  # the template refuses one of the two; the sparse one decides
+    if stand_ins.restore(text) == want:
+        return text
+    weaker = say(*hidden(False))
+    return weaker if stand_ins.restore(weaker) == want else text
 
 
 def _up_to(tag: str, text: str) -> str:
