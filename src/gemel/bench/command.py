@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         help="train: measure levers instead of peers, several at once as NAME+NAME (default: all)",
     )
-    parser.add_argument("--profile", action="store_true", help="afterwards, show which operators one more run spends its time in")
+    parser.add_argument("--profile", action="store_true", help="afterwards, show what parts of its steps one more run spends its time in")
 
 
 def _count(text: str) -> int:
