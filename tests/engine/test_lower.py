@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -137,6 +138,17 @@ def test_engine_greedy_equals_naive_greedy(kind: str, num_blocks: int | None, pr
     ends_early = kind == "qk_norm"  # these random weights reach the end token before the blocks run out
     assert (stats.preemptions > 0) == (num_blocks is not None and not ends_early)
     assert (stats.prefix_hit_tokens > 0) == prefix_cache
+
+
+def test_two_engines_of_one_process_do_not_disturb_each_other() -> None:
+    """Each has threads of its own, and both are in the middle of their steps at once."""
+    docs = [list(range(1, 40)), list(range(5, 30))]
+    alone = [native_logits(tiny.build(seed=seed), docs, [3, 1]) for seed in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            together = pool.map(lambda seed: native_logits(tiny.build(seed=seed), docs, [3, 1]), (0, 1))
+            assert all(torch.equal(got, want) for got, want in zip(together, alone, strict=True))
+    assert not torch.equal(*alone)
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ namespace {
 constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kScoreBytes = 64 << 20;  // of the kept exponentials: more tokens at a time read the weight less often
 constexpr int kChunkBlocks = 20;           // blocks of vocabulary whose gradients wait for the product with the weight
+constexpr int64_t kChunkRows = int64_t{kChunkBlocks} * kBlockRows;
 
 int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -52,7 +53,7 @@ class HeadLoss {
         target_logit_ = std::vector<float>(static_cast<size_t>(most_));
         if (differentiate) {
             scores_ = shop_.shared[2].take<T>(int64_t{job_.vocab} * most_);
-            const int64_t panels = columns_ * panel_size(), rows = most_ * chunk_rows(), blocks = divide_up(most_, kBlockRows);
+            const int64_t panels = columns_ * panel_size(), rows = most_ * kChunkRows, blocks = divide_up(most_, kBlockRows);
             panels_ = shop_.shared[3].take<P>(panels + rows + blocks * columns_ * kBlockRows * NR * sizeof(float) / sizeof(P));
             slopes_ = panels_ + panels;
             sums_ = reinterpret_cast<float*>(slopes_ + rows);
@@ -100,8 +101,7 @@ class HeadLoss {
 
     int token_panels() const { return divide_up(count_, NR); }
     int rows_of(int block) const { return std::min(kBlockRows, job_.vocab - block * kBlockRows); }
-    static constexpr int64_t chunk_rows() { return kChunkBlocks * kBlockRows; }
-    static int64_t panel_size() { return int64_t{kChunkBlocks} * kBlockRows * NR; }
+    static int64_t panel_size() { return kChunkRows * NR; }
     const T* weight_row(int row) const { return weight_ + row * job_.ld_weight; }
     Moments& moments(int block, int token) const { return moments_[(int64_t{block} * most_ + token) / W]; }
     T* scores(int block, int row) const { return scores_ + (int64_t{block} * kBlockRows + row) * most_; }
@@ -242,7 +242,7 @@ class HeadLoss {
     void turn(const P* from, int64_t ld, int rows, int row) {
         for (int token = 0; token < count_; token += kBlockRows) {
             in_tiles<kRows>(std::min(kBlockRows, count_ - token), [&](auto n, int t) {
-                pack_lines(from + token + t, ld, rows, n, n, slopes_ + (token + t) * chunk_rows() + row * n);
+                pack_lines(from + token + t, ld, rows, n, n, slopes_ + (token + t) * kChunkRows + row * n);
             });
         }
     }
@@ -270,7 +270,7 @@ class HeadLoss {
     void add_hidden(int begin, int end, int token, int column, int me) {
         const int rows = std::min(end * kBlockRows, job_.vocab) - begin * kBlockRows, panels = std::min(kBlockPanels, columns_ - column);
         float *const to = hidden_sums(token, column), *const sums = begin ? shop_.own[static_cast<size_t>(me)].take<float>(kBlockSums) : to;
-        multiply(slopes_ + token * chunk_rows(), chunk_rows(), std::min(kBlockRows, count_ - token), panels_ + column * panel_size(), panel_size(),
+        multiply(slopes_ + token * kChunkRows, kChunkRows, std::min(kBlockRows, count_ - token), panels_ + column * panel_size(), panel_size(),
                  panels, padded<P>(rows), sums, false);
         if (!begin) return;
         for (int i = 0; i < panels * kBlockRows * NR; i += W) store(to + i, add(load(to + i), load(sums + i)));
@@ -301,7 +301,7 @@ class HeadLoss {
     Moments* moments_ = nullptr;
     T* scores_ = nullptr;   // [vocabulary][most_]
     P* panels_ = nullptr;   // the weight of a chunk, [panels of the width][vocabulary][NR]
-    P* slopes_ = nullptr;   // gradients of a chunk's logits, [tokens][vocabulary]
+    P* slopes_ = nullptr;   // gradients of a chunk's logits, tokens in tiles
     float* sums_ = nullptr;  // gradient of the hidden states, [blocks of tokens][panels of the width][kBlockRows][NR]
 };
 

@@ -26,10 +26,9 @@ inline void keep_in_memory() { asm volatile("" ::: "memory"); }
 
 // c[r][0..NR) (+)= sum over k of a[r][k] * w[k][0..NR).   w: row k begins at w + k * ldw.
 // One or two rows have too few sums to keep the multipliers busy, so they may go through P panels at once: those begin `next` apart in w
-// and NR apart in c. `along` is how far apart a row's numbers are in a.
+// and NR apart in c.
 template <int R, int P = 1>
-[[gnu::noinline]] void tile_f32(const float* a, int64_t lda, const float* w, int64_t ldw, int k, float* c, int64_t ldc, bool add, int64_t next = 0,
-                                int64_t along = 1) {
+[[gnu::noinline]] void tile_f32(const float* a, int64_t lda, const float* w, int64_t ldw, int k, float* c, int64_t ldc, bool add, int64_t next = 0) {
     f32 left[R][P], right[R][P];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
@@ -46,7 +45,7 @@ template <int R, int P = 1>
             const f32 w0 = load(w + p * next), w1 = load(w + p * next + W);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                const f32 x = set1(a[r * lda + i * along]);
+                const f32 x = set1(a[r * lda + i]);
                 accumulate(left[r][p], x, w0);
                 accumulate(right[r][p], x, w1);
             }
